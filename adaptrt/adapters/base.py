@@ -1,0 +1,134 @@
+"""The base model as adapters see it: attach points by name and by module, and a record to know it by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaptrt.errors import ModelError
+from adaptrt.format import File
+from adaptrt.model.architecture import Architecture
+from adaptrt.program import Embed, Linear, Logits, Program
+from adaptrt.quant import int8, nf4
+from adaptrt.quant.plain import to_float32
+from adaptrt.tensor import Nf4Layout, Tensor, tensor_nbytes
+
+SECTION = "base"
+DIGEST_DIGITS = 16  # of a tensor's SHA-256, in the record an adapter keeps of its base
+
+_KINDS = {Embed: "embedding", Linear: "linear", Logits: "head"}
+
+
+@dataclass(frozen=True)
+class BaseTarget:
+    """One attach point of the base; a BaseWeight. `module` is its Hugging Face path."""
+
+    target: str
+    module: str
+    kind: str
+    shape: tuple[int, int]
+    weight_name: str
+    bias_name: str | None
+    file: File
+
+    def weight(self) -> NDArray[np.float32]:
+        """The dequantized weight, computed at every call."""
+        return to_float32(self.file.tensor(SECTION, self.weight_name))
+
+    def bias(self) -> NDArray[np.float32] | None:
+        """The bias [out], if the base has one."""
+        return None if self.bias_name is None else to_float32(self.file.tensor(SECTION, self.bias_name))
+
+    def first_rows(self, rows: int) -> NDArray[np.float32]:
+        """The first rows of the weight, leaving the others alone; `rows` is a multiple of 64 or all."""
+        tensor = self.file.tensor(SECTION, self.weight_name)
+        return to_float32(_first_rows(tensor, min(rows, self.shape[0])))
+
+
+class BaseView:
+    """A model file's base: `targets` by attach point, `modules` by Hugging Face module path."""
+
+    def __init__(self, file: File, architecture: Architecture) -> None:
+        self._file = file
+        self.architecture = architecture.name
+        program = architecture.program(file.metadata)
+        found = list(_targets(file, architecture, program))
+        self.targets: Mapping[str, BaseTarget] = {target.target: target for target in found}
+        self.modules: Mapping[str, BaseTarget] = {target.module: target for target in found}
+
+    @property
+    def name(self) -> str:
+        """What the base calls itself."""
+        return str(self._file.metadata.get("general.name", ""))
+
+    @property
+    def fingerprint(self) -> str:
+        """The digest of the base's section: names, dtypes, shapes and contents of all its tensors."""
+        return self._file.sections[SECTION].digest
+
+    @property
+    def tensors(self) -> Mapping[str, list[Any]]:
+        """Every tensor's dtype, shape and the start of its SHA-256."""
+        entries = self._file.sections[SECTION].tensors.values()
+        return {e.name: [e.dtype, list(e.shape), e.sha256[:DIGEST_DIGITS]] for e in entries}
+
+    def record(self) -> dict[str, Any]:
+        """What an adapter stores of its base."""
+        return {
+            "fingerprint": self.fingerprint,
+            "architecture": self.architecture,
+            "name": self.name,
+            "tensors": dict(self.tensors),
+        }
+
+
+def open_base(file: File, architectures: Mapping[str, Architecture]) -> BaseView:
+    """The base of an open model file. Raises ModelError when there is none or its architecture is unknown."""
+    if SECTION not in file.sections:
+        raise ModelError(f"{file.path}: holds no base model, expected a model file")
+    name = str(file.metadata.get("general.architecture"))
+    if name not in architectures:
+        known = ", ".join(sorted(architectures))
+        raise ModelError(f"{file.path}: architecture {name!r} is not supported; installed: {known}")
+    return BaseView(file, architectures[name])
+
+
+def _targets(file: File, architecture: Architecture, program: Program) -> list[BaseTarget]:
+    specs = {spec.name: spec for spec in architecture.tensors(file.metadata)}
+    found = []
+    for op in program.ops:
+        if isinstance(op, Embed | Linear | Logits):
+            spec = specs[op.weight]
+            tied = isinstance(op, Logits) and spec.role == "embedding"
+            module = architecture.hf_head if tied else spec.hf_name.removesuffix(".weight")
+            rows, cols = spec.shape
+            bias = None if isinstance(op, Embed) else op.bias
+            found.append(BaseTarget(op.target, module, _KINDS[type(op)], (rows, cols), op.weight, bias, file))
+    return found
+
+
+def _first_rows(tensor: Tensor, rows: int) -> Tensor:
+    shape = (rows, tensor.shape[1])
+    if rows == tensor.shape[0]:
+        return tensor
+    if tensor.dtype == "nf4":
+        whole, layout = nf4.parts(tensor), Nf4Layout(prod(shape))
+        kept = nf4.Nf4Parts(
+            whole.codes[: layout.code_bytes],
+            whole.absmax[: layout.blocks],
+            whole.nested[: layout.nested_blocks],
+            whole.offset,
+        )
+        return nf4.assemble(shape, kept)
+    if tensor.dtype == "int8":
+        head = Tensor("int8", shape, np.zeros(tensor_nbytes("int8", shape), np.uint8))
+        part = int8.parts(tensor)
+        int8.parts(head).codes[:] = part.codes[:rows]
+        int8.parts(head).scales[:] = part.scales[:rows]
+        return head
+    return Tensor(tensor.dtype, shape, tensor.data[: tensor_nbytes(tensor.dtype, shape)])

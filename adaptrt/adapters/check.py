@@ -1,0 +1,137 @@
+"""What every adapter must satisfy before it is lowered, be it from a PEFT folder or from a file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaptrt.adapters.problems import Problems, brief
+from adaptrt.adapters.variant import Adapter, BaseWeight, Params, Target, Variant
+from adaptrt.errors import AdapterError
+from adaptrt.tensor import Tensor
+
+PEFT_PREFIX = "base_model.model."
+
+# A role any target may have, whatever the variant: PEFT's bias="all" and "…_only" store whole new biases.
+REPLACED_BIAS = "replaced_bias"
+
+# dtype → the integer view of an item and its exponent bits, which are all ones for NaN and infinity only
+_EXPONENT = {"f32": (np.uint32, 0x7F800000), "f16": (np.uint16, 0x7C00), "bf16": (np.uint16, 0x7F80)}
+
+
+def find_variant(adapter: Adapter, variants: Mapping[str, Variant]) -> Variant:
+    """The adapter's variant. Raises AdapterError naming the missing plugin."""
+    if adapter.variant not in variants:
+        installed = ", ".join(sorted(variants)) or "none"
+        raise AdapterError(
+            f"adapter {adapter.name!r}: needs a plugin for variant {brief(adapter.variant)}, "
+            f"installed: {installed}"
+        )
+    return variants[adapter.variant]
+
+
+def check_adapter(
+    adapter: Adapter, variant: Variant, base: Mapping[str, BaseWeight], problems: Problems
+) -> None:
+    """Every target exists in the base (`base` by target name), and its params and tensors fit the variant."""
+    if not adapter.targets:
+        problems.add("it adapts nothing")
+    for target in adapter.targets:
+        if target.target not in base:
+            problems.add(f"target {brief(target.target)}: the base has no such tensor to adapt")
+            continue
+        check_target(target, adapter.tensors, variant, base[target.target], problems.about(target.target))
+
+
+def check_target(
+    target: Target,
+    tensors: Mapping[str, Tensor],
+    variant: Variant,
+    base: BaseWeight,
+    problems: Problems,
+) -> None:
+    """One target's params, roles, shapes and values; `tensors` by PEFT name."""
+    roles = {role: tensors[name] for role, name in target.tensors.items()}
+    labels = {role: name.removeprefix(PEFT_PREFIX) for role, name in target.tensors.items()}
+    bias = roles.pop(REPLACED_BIAS, None)
+    if bias is not None:
+        _check_shape(labels[REPLACED_BIAS], bias, ("out",), sizes(base), problems)
+        if base.bias() is None:
+            problems.add(f"{labels[REPLACED_BIAS]} replaces a bias that the base does not have")
+    if roles or bias is None:
+        _check_params(target.params, variant, problems)
+        _check_roles(roles, labels, variant, target.params, base, problems)
+    for role in target.tensors:
+        _check_values(labels[role], tensors[target.tensors[role]], problems)
+
+
+def sizes(base: BaseWeight) -> dict[str, int]:
+    """The base's `out` and `in`: an embedding maps its vocabulary (its rows) to its width."""
+    rows, cols = base.shape
+    return {"out": cols, "in": rows} if base.kind == "embedding" else {"out": rows, "in": cols}
+
+
+def _check_params(params: Params, variant: Variant, problems: Problems) -> None:
+    for name in sorted(params.keys() ^ variant.params.keys()):
+        what = "missing" if name in variant.params else f"unknown to variant {variant.name}"
+        problems.add(f"param {brief(name)[1:-1]} is {what}")
+    for name, expected in variant.params.items():
+        value = params.get(name)
+        if name in params and not _is_a(value, expected):
+            problems.add(f"param {name} is {brief(value)}, expected {_EXPECTED[expected]}")
+
+
+_EXPECTED = {int: "a whole number above 0", float: "a finite number", str: "a string", bool: "true or false"}
+
+
+def _is_a(value: object, expected: type) -> bool:
+    if expected is float:
+        return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    return type(value) is expected and (expected is not int or value > 0)  # type: ignore[operator]
+
+
+def _check_roles(
+    roles: Mapping[str, Tensor],
+    labels: Mapping[str, str],
+    variant: Variant,
+    params: Params,
+    base: BaseWeight,
+    problems: Problems,
+) -> None:
+    for role in sorted(variant.roles.keys() - variant.optional - roles.keys()):
+        problems.add(f"tensor {role} is missing")
+    known = {name: int(value) for name, value in params.items() if type(value) is int} | sizes(base)
+    for role, tensor in roles.items():
+        if role in variant.roles:
+            _check_shape(labels[role], tensor, variant.roles[role], known, problems)
+        else:
+            problems.add(f"role {brief(role)} is unknown to variant {variant.name}")
+
+
+def _check_shape(
+    label: str, tensor: Tensor, dims: tuple[str | int, ...], known: dict[str, int], problems: Problems
+) -> None:
+    """Compare a shape with its dims; a name not yet known takes the size found here."""
+    found = tensor.shape
+    if len(found) == len(dims):
+        for dim, size in zip(dims, found, strict=True):
+            if isinstance(dim, str):
+                known.setdefault(dim, size)
+    expected = [known.get(dim, dim) if isinstance(dim, str) else dim for dim in dims]
+    if list(found) != expected:
+        names = ", ".join(str(dim) for dim in dims)
+        problems.add(f"{label} is {list(found)}, expected [{', '.join(map(str, expected))}] ({names})")
+
+
+def _check_values(label: str, tensor: Tensor, problems: Problems) -> None:
+    if tensor.dtype not in _EXPONENT:
+        problems.add(f"{label} is of dtype {tensor.dtype}, expected {', '.join(_EXPONENT)}")
+        return
+    item, exponent = _EXPONENT[tensor.dtype]
+    bits: NDArray[np.unsignedinteger] = tensor.data.view(item)
+    bad = np.flatnonzero((bits & item(exponent)) == item(exponent))
+    if bad.size:
+        problems.add(f"{label} holds NaN or infinity ({bad.size} of {bits.size} values)")

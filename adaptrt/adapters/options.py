@@ -1,0 +1,124 @@
+"""Rules for the options of a PEFT adapter_config.json: each is honoured or refused by name.
+
+A rule takes an option's value and returns what is wrong with it, or None.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+from adaptrt.adapters.problems import Problems, brief
+
+Rule = Callable[[Any], str | None]
+
+PATTERN_LENGTH = 512
+PATTERN_REPEATS = 3  # unbounded repetitions in one pattern; more could take for ever to match
+
+
+def any_value(value: object) -> str | None:
+    """It does not change what the adapter computes, or the tensors already show it."""
+    return None
+
+
+def rest(reason: str) -> Rule:
+    """A rule that refuses, for this reason, every value but null, false, zero and empty."""
+    return lambda value: reason if value else None
+
+
+def boolean(value: object) -> str | None:
+    """It is true or false."""
+    return None if isinstance(value, bool) else "expected true or false"
+
+
+def positive_int(value: object) -> str | None:
+    """It is a whole number above 0."""
+    return None if type(value) is int and value > 0 else "expected a whole number above 0"
+
+
+def finite(value: object) -> str | None:
+    """It is a finite number."""
+    try:
+        if type(value) in (int, float) and math.isfinite(value):  # type: ignore[arg-type]
+            return None
+    except OverflowError:  # an integer beyond every float
+        pass
+    return "expected a finite number"
+
+
+def patterns(rule: Rule) -> Rule:
+    """A rule for rank_pattern and the like: module-path patterns to values that each obey `rule`."""
+
+    def check(value: Any) -> str | None:
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            return "expected an object"
+        for pattern, item in value.items():
+            problem = _pattern_problem(pattern) or rule(item)
+            if problem:
+                return f"{brief(pattern)}: {brief(item)}: {problem}"
+        return None
+
+    return check
+
+
+def match_pattern(table: Mapping[str, Any] | None, path: str, default: Any) -> Any:
+    """The value for a module path by PEFT's rule: the first match of `(.*\\.)?(pattern)$` wins."""
+    for pattern, value in (table or {}).items():
+        if _compiled(pattern).match(path):
+            return value
+    return default
+
+
+@lru_cache(maxsize=4096)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
+
+
+def _pattern_problem(pattern: str) -> str | None:
+    """Why a pattern is not used: repeated groups can take exponential time, many repetitions polynomial."""
+    if len(pattern) > PATTERN_LENGTH:
+        return f"pattern of {len(pattern)} characters, expected at most {PATTERN_LENGTH}"
+    repeats = len(re.findall(r"(?<!\\)[*+{]", pattern))
+    if repeats > PATTERN_REPEATS or re.search(r"\)[*+{]", pattern):
+        return f"pattern repeats a group or repeats more than {PATTERN_REPEATS} times"
+    try:
+        _compiled(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        return f"not a regular expression ({error})"
+    return None
+
+
+def bias(value: object) -> str | None:
+    """`none`, `all` or `<method>_only`; it stores replacements (adapters/check.py, REPLACED_BIAS)."""
+    if isinstance(value, str) and (value in ("none", "all") or value.endswith("_only")):
+        return None
+    return "expected none, all or a method's _only"
+
+
+_BOOKKEEPING = (
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+)  # fmt: skip
+
+COMMON_OPTIONS: Mapping[str, Rule] = {
+    **dict.fromkeys(_BOOKKEEPING, any_value),
+    "bias": bias,
+    "modules_to_save": rest("modules saved whole are not supported"),
+    "trainable_token_indices": rest("trained token rows are not supported"),
+    "target_parameters": rest("adapted parameters of mixture-of-experts layers are not supported"),
+    "layer_replication": rest("it needs a base with replicated layers"),
+    "ensure_weight_tying": boolean,  # PEFT saves the tied adapter under both modules
+}
+
+
+def check_options(config: Mapping[str, Any], rules: Mapping[str, Rule], problems: Problems) -> None:
+    """Apply each option's rule; an option without one must be at rest (null, false, zero or empty)."""
+    for name, value in config.items():
+        problem = rules.get(name, rest("unknown option"))(value)
+        if problem:
+            problems.add(f"option {brief(name)[1:-1]} = {brief(value)}: {problem}")

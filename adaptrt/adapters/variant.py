@@ -1,0 +1,130 @@
+"""The seam for adapter methods: a Variant reads one module's tensors once and lowers them to the normal form.
+
+A new method is one subclass, published through the `adaptrt_variants` hook; it needs no C. What it declares
+(`options`, `params`, `roles`) is checked for it, at import and again when a stored adapter is read.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaptrt.adapters.normal import Lowered
+from adaptrt.adapters.options import COMMON_OPTIONS, Rule, check_options
+from adaptrt.adapters.problems import Problems
+from adaptrt.tensor import Tensor
+
+Params = Mapping[str, float | int | str | bool]
+Roles = Mapping[str, str]
+
+
+class BaseWeight(Protocol):
+    """The base tensor an adapter changes, dequantized only when asked."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the weight; (vocabulary, width) for an embedding."""
+
+    @property
+    def kind(self) -> str:
+        """`linear`, `embedding` or `head`."""
+
+    def weight(self) -> NDArray[np.float32]:
+        """The weight as the kernels see it: dequantized, float32, of `shape`."""
+
+    def bias(self) -> NDArray[np.float32] | None:
+        """The base bias [out], if it has one."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One adapted tensor with its resolved semantics: nothing is left to recompute from a config.
+
+    `target` is the file's name for it (`blk.0.attn_q`), `params` holds JSON scalars such as rank and scale,
+    and `tensors` maps a role (`A`, `B`, `bias`, …) to the PEFT tensor name in `Adapter.tensors`.
+    """
+
+    target: str
+    params: Params
+    tensors: Roles
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A loaded adapter: its variant's name, its targets and its tensors under their original PEFT names.
+
+    `config_text` is the verbatim adapter_config.json; `base` says which base it was converted for (empty when
+    it came straight from a PEFT folder); `notes` tell what of the folder was left out, and why that is sound.
+    """
+
+    name: str
+    variant: str
+    targets: tuple[Target, ...]
+    tensors: Mapping[str, Tensor]
+    config_text: str
+    base: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class Module:
+    """One adapted module of a PEFT folder, as the importer shows it to a variant.
+
+    `path` is the Hugging Face module path (`model.layers.0.self_attn.q_proj`), `tensors` maps a suffix
+    (`lora_A.weight`) to its tensor, `shared` maps the keys that belong to no module (`base_model.vera_A`).
+    Both load a tensor when it is indexed.
+    """
+
+    path: str
+    base: BaseWeight
+    tensors: Mapping[str, Tensor]
+    shared: Mapping[str, Tensor]
+    discarded: dict[str, str] = field(default_factory=dict)
+
+    def discard(self, suffix: str, reason: str) -> None:
+        """Leave out a tensor that changes nothing at inference; the reason is noted in the adapter."""
+        self.discarded[suffix] = reason
+
+
+class Variant(ABC):
+    """An adapter method. Stateless: one instance serves every adapter.
+
+    `params` gives the type of every parameter of a Target. `roles` gives the shape of every tensor: `out` and
+    `in` are the base's (an embedding maps `in` = vocabulary to `out` = width), a name in `params` is that
+    number, any other name must be the same size wherever the target uses it. Roles in `optional` may be
+    absent. `options` adds to the options that every PEFT method has.
+    """
+
+    name: str  # as stored in files and shown to users: "lora"
+    options: ClassVar[Mapping[str, Rule]] = {}
+    params: ClassVar[Mapping[str, type]] = {}
+    roles: ClassVar[Mapping[str, tuple[str | int, ...]]]
+    optional: ClassVar[frozenset[str]] = frozenset()
+
+    @abstractmethod
+    def claims(self, config: Mapping[str, Any]) -> bool:
+        """Whether a PEFT adapter_config.json belongs to this variant. Two claims are refused."""
+
+    def check_config(self, config: Mapping[str, Any], problems: Problems) -> None:
+        """Honour or refuse, by name, every option of the config; one that no rule knows must be at rest."""
+        check_options(config, {**COMMON_OPTIONS, **self.options}, problems)
+
+    @abstractmethod
+    def resolve(self, config: Mapping[str, Any], module: Module, problems: Problems) -> tuple[Params, Roles]:
+        """Turn one module into a Target's params and roles; called only for a config without problems.
+
+        Roles map to a suffix of `module.tensors` or to a key of `module.shared`. The importer refuses a role
+        whose tensor is missing, and every tensor that no role names and `module.discard` did not leave out.
+        """
+
+    @abstractmethod
+    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight, scale: float) -> Lowered:
+        """The normal form of one target at the user's `scale` (1 = as trained, never 0); `tensors` by role.
+
+        Called once per adapter and scale, at load, with params and tensors already checked.
+        """

@@ -1,0 +1,398 @@
+"""What `import adaptrt` offers: `load()` and Model. File → architecture → program → backend → engine, in that order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from numbers import Real
+from pathlib import Path
+from typing import Any, Literal, cast, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaptrt.adapters.base import BaseView
+from adaptrt.adapters.stack import lower
+from adaptrt.adapters.storage import check_base, list_adapters, read_adapter
+from adaptrt.adapters.variant import Adapter
+from adaptrt.backends.base import Backend, LoadOptions, Precision
+from adaptrt.convert.peft import import_peft
+from adaptrt.engine.adapters import AdapterSet, Stack
+from adaptrt.engine.chat import render
+from adaptrt.engine.engine import Engine, Job
+from adaptrt.engine.guard import GuardedExecutable
+from adaptrt.engine.request import AdapterSpec, Chunk, Request, Sampling
+from adaptrt.engine.text import Tokenizer
+from adaptrt.errors import (
+    AdapterError,
+    AdaptrtError,
+    BackendError,
+    ModelError,
+    RequestError,
+    UnknownAdapterError,
+)
+from adaptrt.format import File, open_file
+from adaptrt.model.architecture import Architecture
+from adaptrt.plugins import Registry, load_registry
+
+__all__ = ["Chunk", "Model", "Request", "Sampling", "load"]
+
+AUTO_BACKENDS = ("cuda", "cpu", "reference")  # `auto` takes the first that is available
+DEMO = Path(__file__).parent / "demo" / "demo.adrt"
+Progress = Callable[[int, int], None]
+
+
+def load(
+    path: str | Path,
+    backend: str = "auto",
+    threads: int | None = None,
+    precision: Precision = "fast",
+    kv_dtype: Literal["f16", "f32"] = "f16",
+    registry: Registry | None = None,
+) -> Model:
+    """Open a model for inference; use it as a context manager or call `close()`.
+
+    `path` is an `.adrt` file or "demo", the built-in model; `threads` None takes every core this process may use.
+    Raises FormatError, ModelError or BackendError, each in one line.
+    """
+    if threads is not None and not 1 <= threads <= 1024:
+        raise RequestError(f"threads: found {threads}, expected 1 to 1024")
+    for name, value, known in (("precision", precision, ("exact", "fast")), ("kv_dtype", kv_dtype, ("f16", "f32"))):
+        if value not in known:
+            raise RequestError(f"{name}: found {value!r}, expected {' or '.join(known)}")
+    options = LoadOptions(threads=threads or 0, precision=precision, kv_dtype=kv_dtype)
+    registry = registry or load_registry()
+    file = open_file(DEMO if str(path) == "demo" else Path(path))
+    try:
+        return Model(file, registry, choose_backend(registry, backend), options)
+    except BaseException:
+        file.close()
+        raise
+
+
+def choose_backend(registry: Registry, name: str) -> Backend:
+    """The named backend, or for "auto" the first available one. Raises BackendError saying why there is none."""
+    if name == "auto":
+        candidates = [registry.backends[known] for known in AUTO_BACKENDS if known in registry.backends]
+        for backend in candidates:
+            if backend.unavailable() is None:
+                return backend
+        raise BackendError("no backend is available")
+    if name not in registry.backends:
+        raise BackendError(f"backend {name!r}: not installed; installed: {', '.join(sorted(registry.backends))}")
+    reason = registry.backends[name].unavailable()
+    if reason is not None:
+        raise BackendError(f"backend {name!r}: unavailable: {reason}")
+    return registry.backends[name]
+
+
+def find_architecture(registry: Registry, file: File) -> Architecture:
+    """The architecture a model file names. Raises ModelError for an adapter file or an unknown architecture."""
+    if "base" not in file.sections:
+        kind = file.metadata.get("general.type", "unknown")
+        raise ModelError(f"{file.path}: holds no base model (general.type is {kind!r}); expected a model file")
+    name = file.metadata.get("general.architecture")
+    if name not in registry.architectures:
+        known = ", ".join(sorted(registry.architectures))
+        raise ModelError(f"{file.path}: architecture {name!r} is not supported; installed: {known}")
+    return registry.architectures[name]
+
+
+class Model:
+    """A loaded base model and its adapters. Safe to use from several threads; calls interleave step by step."""
+
+    def __init__(self, file: File, registry: Registry, backend: Backend, options: LoadOptions) -> None:
+        architecture = find_architecture(registry, file)
+        program = architecture.program(file.metadata)
+        self.metadata: Mapping[str, Any] = file.metadata
+        self.context_length = program.context_length
+        self.vocab_size = program.vocab_size
+        self._file = file
+        self._registry = registry
+        self._base = BaseView(file, architecture)
+        missing = [name for name in program.weights if name not in file.sections["base"].tensors]
+        if missing:
+            raise ModelError(f"{file.path}: tensor {missing[0]!r} is missing ({len(missing)} in all)")
+        tensors = {name: file.tensor("base", name) for name in program.weights}
+        executable = GuardedExecutable(backend.load(program, tensors, options))
+        end_ids = frozenset(int(token) for token in file.metadata.get("tokenizer.eos_token_ids", ()))
+        self._executable = executable
+        self._engine = Engine(executable, self.vocab_size, self.context_length, options.page_tokens, end_ids)
+        self._adapters = AdapterSet(executable, self._lower)
+        self._active: Stack = ()
+        self._cleanup = ExitStack()
+        self._cleanup.callback(file.close)
+        self._cleanup.callback(executable.close)
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the weights' mapping, the KV cache and every adapter; calls after it raise ClosedError."""
+        self._cleanup.close()
+
+    def describe(self) -> str:
+        """One line: the backend, its kernels and threads."""
+        return self._executable.describe()
+
+    # Adapters
+
+    @property
+    def adapters(self) -> Mapping[str, Adapter]:
+        """Loaded adapters by name."""
+        return self._adapters.loaded
+
+    @property
+    def stored_adapters(self) -> list[str]:
+        """Names of the adapters inside the model's own file; naming one loads it."""
+        return list_adapters(self._file)
+
+    def load_adapter(self, path: str | Path, name: str | None = None) -> str:
+        """Load an adapter and return its name; it acts once a call or `set_adapter` names it.
+
+        `path` is the name of an adapter inside the model's file, an `.adrt` adapter file, or a PEFT folder. Raises
+        AdapterError naming everything in it that cannot be honoured, or BaseMismatchError saying what differs.
+        """
+        adapter = self._read_adapter(path)
+        name = name or adapter.name
+        self._adapters.add(name, adapter)
+        return name
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter. Raises UnknownAdapterError, or AdapterError while a generation uses it."""
+        self._adapters.remove(name)
+        self._active = [(known, scale) for known, scale in self._active if known != name]
+
+    def set_adapter(self, adapters: AdapterSpec) -> None:
+        """Choose what acts when a call names no adapters: {"name": scale, …} in stacking order, a name, or None."""
+        stack = self._resolve({} if adapters is None else adapters)
+        with self._adapters.use(stack):  # lowers each at its scale now, so that errors show here
+            self._active = stack
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """The plain base model inside the block."""
+        active, self._active = self._active, ()
+        try:
+            yield
+        finally:
+            self._active = active
+
+    def _read_adapter(self, path: str | Path) -> Adapter:
+        if str(path) in self.stored_adapters:
+            return read_adapter(self._file, f"adapter/{path}")
+        source = Path(path)
+        if source.is_dir():
+            return import_peft(source, self._registry.variants, self._base)
+        if not source.exists():
+            stored = ", ".join(self.stored_adapters) or "none"
+            raise UnknownAdapterError(
+                f"adapter {str(path)!r}: no such file or folder, and not inside {self._file.path} (which has: {stored})"
+            )
+        file = open_file(source)
+        self._cleanup.callback(file.close)
+        names = list_adapters(file)
+        if len(names) != 1:
+            raise AdapterError(f"{source}: found {len(names)} adapters ({', '.join(names)}), expected one")
+        adapter = read_adapter(file, f"adapter/{names[0]}")
+        check_base(adapter, self._base)
+        return adapter
+
+    def _lower(self, adapter: Adapter, scale: float) -> Mapping[str, Any]:
+        return lower(adapter, self._registry.variants, self._base, scale)
+
+    def _resolve(self, adapters: AdapterSpec) -> Stack:
+        """A stack of loaded adapters; one that is stored in the model's file is loaded when first named."""
+        if adapters is None:
+            return self._active
+        stack = as_stack(adapters)
+        for name, _ in stack:
+            if name not in self._adapters.loaded and name in self.stored_adapters:
+                self.load_adapter(name)
+        return stack
+
+    # Text
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer stored in the file. Raises ModelError when there is none."""
+        if "tokenizer" not in self._file.sections:
+            raise ModelError(f"{self._file.path}: has no tokenizer; expected token ids instead of text")
+        return Tokenizer(self._file.tensor("tokenizer", "tokenizer.json").data.tobytes())
+
+    @property
+    def chat_template(self) -> str | None:
+        """The model's own jinja2 chat template, if it has one."""
+        return self.metadata.get("tokenizer.chat_template")
+
+    def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text."""
+        return self.tokenizer.encode(text, add_special_tokens)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        return self.tokenizer.decode(ids)
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The prompt for a conversation of {"role", "content"} messages. Tokenize it without special tokens."""
+        if self.chat_template is None:
+            raise ModelError(f"{self._file.path}: has no chat template")
+        names = ("bos_token", "eos_token", "unk_token", "pad_token")
+        special = {name: str(self.metadata.get(f"tokenizer.{name}", "")) for name in names}
+        return render(self.chat_template, messages, special)
+
+    # Generation
+
+    @overload
+    def generate(
+        self,
+        prompt: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
+        max_tokens: int | None = ...,
+        adapters: AdapterSpec = ...,
+        stream: Literal[False] = ...,
+        **sampling: Any,
+    ) -> str | list[str]: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
+        max_tokens: int | None = ...,
+        adapters: AdapterSpec = ...,
+        *,
+        stream: Literal[True],
+        **sampling: Any,
+    ) -> Iterator[Chunk]: ...
+
+    def generate(
+        self,
+        prompt: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
+        max_tokens: int | None = 256,
+        adapters: AdapterSpec = None,
+        stream: bool = False,
+        **sampling: Any,
+    ) -> str | list[str] | Iterator[Chunk]:
+        """Continue a prompt, or several as one batch.
+
+        A prompt is text or a list of token ids. Returns text for one prompt and a list for a list; with `stream` an
+        iterator of Chunk as tokens come. `adapters` None uses `set_adapter`'s, {} the plain base. `sampling` takes
+        the fields of Sampling (temperature, top_k, top_p, min_p, repeat_penalty, seed, stop).
+        """
+        options = Sampling.from_dict({"max_tokens": max_tokens, **sampling})
+        single = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int | np.integer))
+        prompts = [prompt] if single else list(prompt)
+        requests = [Request(cast("str | Sequence[int]", p), adapters, options) for p in prompts]
+        chunks = self._run([self._concrete(request) for request in requests])
+        if stream:
+            return chunks
+        texts = [""] * len(requests)
+        for chunk in chunks:
+            texts[chunk.index] += chunk.text
+        return texts[0] if single else texts
+
+    def generate_batch(self, requests: Sequence[Request]) -> Iterator[Chunk]:
+        """Run requests with their own adapters and sampling in one engine, yielding chunks as they come.
+
+        A request that cannot be run gives one chunk with finish_reason "error"; the others go on.
+        """
+        runnable, failed = [], []
+        for index, request in enumerate(requests):
+            try:
+                runnable.append((index, *self._concrete(request)))
+            except AdaptrtError as error:
+                failed.append(Chunk(index, "", (), 0, 0, "error", str(error)))
+        yield from failed
+        indices = [index for index, *_ in runnable]
+        for chunk in self._run([(ids, stack, sampling) for _, ids, stack, sampling in runnable]):
+            yield Chunk(
+                indices[chunk.index],
+                chunk.text,
+                chunk.token_ids,
+                chunk.n_prompt_tokens,
+                chunk.n_tokens,
+                chunk.finish_reason,
+            )
+
+    def _concrete(self, request: Request) -> tuple[list[int], Stack, Sampling]:
+        """Token ids and resolved stack of a request, checked."""
+        text = isinstance(request.prompt, str)
+        ids = self.tokenize(cast(str, request.prompt)) if text else [int(token) for token in request.prompt]
+        self._engine.check(ids)
+        stack = self._resolve(request.adapters)
+        with self._adapters.use(stack):  # attach now: an adapter that does not fit fails this request alone
+            return ids, stack, request.sampling
+
+    def _run(self, concrete: Sequence[tuple[list[int], Stack, Sampling]]) -> Iterator[Chunk]:
+        tokenizer = self.tokenizer if "tokenizer" in self._file.sections else None
+        with ExitStack() as pins:
+            jobs = [
+                Job(index, ids, pins.enter_context(self._adapters.use(stack)), sampling)
+                for index, (ids, stack, sampling) in enumerate(concrete)
+            ]
+            yield from self._engine.generate(jobs, tokenizer)
+
+    # Measuring
+
+    def logits(self, token_ids: Sequence[int], adapters: AdapterSpec = None) -> NDArray[np.float32]:
+        """Logits after every token of one sequence: float32 [tokens, vocab]."""
+        with self._adapters.use(self._resolve(adapters)) as handles:
+            return np.concatenate(list(self._engine.logits([int(token) for token in token_ids], handles)))
+
+    def perplexity(
+        self, text: str, adapters: AdapterSpec = None, ctx: int | None = None, progress: Progress | None = None
+    ) -> float:
+        """exp of the mean negative log-likelihood over consecutive windows of `ctx` tokens (default: min(context, 2048)).
+
+        The whole text is tokenized once; each window is run alone and every token but its first is scored.
+        `progress` is called with (tokens done, tokens in all). Raises RequestError when nothing can be scored.
+        """
+        ids = self.tokenize(text)
+        window = min(self.context_length, 2048) if ctx is None else ctx
+        if not 2 <= window <= self.context_length:
+            raise RequestError(f"ctx: found {window}, expected 2 to {self.context_length}")
+        if len(ids) < 2:
+            raise RequestError(f"text: found {len(ids)} tokens, expected at least 2")
+        total, scored = 0.0, 0
+        with self._adapters.use(self._resolve(adapters)) as handles:
+            for start in range(0, len(ids) - 1, window):
+                piece = ids[start : start + window]
+                total += self._negative_log_likelihood(piece, handles)
+                scored += len(piece) - 1
+                if progress:
+                    progress(start + len(piece), len(ids))
+        return math.exp(total / scored)
+
+    def _negative_log_likelihood(self, ids: list[int], handles: tuple[int, ...]) -> float:
+        """Summed over ids[1:], in nats."""
+        total, done = 0.0, 0
+        for logits in self._engine.logits(ids, handles):
+            targets = ids[done + 1 : done + 1 + len(logits)]
+            rows = logits[: len(targets)].astype(np.float64)
+            top = rows.max(axis=1)
+            log_sum = top + np.log(np.exp(rows - top[:, None]).sum(axis=1))
+            total += float((log_sum - rows[np.arange(len(targets)), targets]).sum())
+            done += len(logits)
+        return total
+
+
+def as_stack(adapters: AdapterSpec) -> Stack:
+    """{"name": scale}, "name" or a list of names or (name, scale) as a stack. Raises AdapterError for a bad scale."""
+    if adapters is None:
+        return []
+    if isinstance(adapters, str):
+        return [(adapters, 1.0)]
+    items = adapters.items() if isinstance(adapters, Mapping) else [as_pair(item) for item in adapters]
+    for name, scale in items:
+        if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
+            raise AdapterError(f"adapter {name!r}: scale is {scale!r}, expected a finite number")
+    return [(name, float(scale)) for name, scale in items]
+
+
+def as_pair(item: str | tuple[str, float]) -> tuple[str, float]:
+    """A name alone has scale 1."""
+    return (item, 1.0) if isinstance(item, str) else (item[0], item[1])

@@ -1,0 +1,1 @@
+"""Backends run a Program: `reference` (numpy, slow and obvious) and `cpu` (native)."""

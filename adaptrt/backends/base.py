@@ -1,0 +1,81 @@
+"""The seam for hardware: Backend.load(program, tensors) -> Executable; Executable.step(batch) -> logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaptrt.adapters.normal import LoweredAdapter
+from adaptrt.program import Program
+from adaptrt.tensor import Tensor
+
+Int32s = NDArray[np.int32]
+Precision = Literal["exact", "fast"]
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How to run a model. `threads` 0 means one per available core; `isa` forces a CPU kernel set (tests)."""
+
+    threads: int = 0
+    precision: Precision = "fast"
+    kv_dtype: Literal["f16", "f32"] = "f16"
+    page_tokens: int = 32
+    isa: Literal["auto", "portable", "avx2", "avx512", "avx512_vnni"] = "auto"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's ragged batch. A run is consecutive tokens of one sequence that share an adapter stack.
+
+    All arrays are int32: tokens, positions [n_tokens]; run_start, page_start, stack_start [n_runs + 1]; pages and
+    stacks are indexed by page_start and stack_start; logit_rows picks the tokens whose logits are wanted.
+    Position p of a run lives in its page p // page_tokens at slot p % page_tokens.
+    """
+
+    tokens: Int32s
+    positions: Int32s
+    run_start: Int32s
+    page_start: Int32s
+    pages: Int32s
+    stack_start: Int32s
+    stacks: Int32s
+    logit_rows: Int32s
+
+
+class Executable(Protocol):
+    """A loaded model. Used by one thread at a time."""
+
+    def reserve(self, n_pages: int) -> None:
+        """Make KV pages 0 … n_pages-1 exist. Raises BackendError when memory is short; what existed stays."""
+
+    def attach(self, adapter: LoweredAdapter) -> int:
+        """Take a lowered adapter; returns a handle for Batch.stacks. Raises BackendError when a shape does not fit."""
+
+    def detach(self, handle: int) -> None:
+        """Release an adapter."""
+
+    def step(self, batch: Batch) -> NDArray[np.float32]:
+        """Run every token, store its keys and values, return logits [n_logits, vocabulary]."""
+
+    def describe(self) -> str:
+        """One line for the user: device, kernels, threads."""
+
+    def close(self) -> None:
+        """Free everything; safe to call twice."""
+
+
+class Backend(Protocol):
+    """Something that runs Programs. Registered through the `adaptrt_backends` hook."""
+
+    name: str
+
+    def unavailable(self) -> str | None:
+        """Why this backend cannot run here, or None."""
+
+    def load(self, program: Program, tensors: Mapping[str, Tensor], options: LoadOptions) -> Executable:
+        """Prepare a program. `tensors` holds every name in program.weights and stays valid until close()."""

@@ -1,0 +1,267 @@
+"""The reference backend: numpy, slow and obvious. It defines what every operation and the normal form mean.
+
+It trusts its batch (the engine builds it) and checks only what a user can get wrong: adapter shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaptrt.adapters.normal import Lowered, LoweredAdapter
+from adaptrt.backends.base import Batch, LoadOptions
+from adaptrt.errors import BackendError
+from adaptrt.program import (
+    Add,
+    Attention,
+    Embed,
+    Gated,
+    Linear,
+    Logits,
+    Norm,
+    Op,
+    Program,
+    Rope,
+    Scale,
+)
+from adaptrt.quant.plain import to_float32
+from adaptrt.tensor import Tensor
+
+Floats = NDArray[np.float32]
+KV_DTYPES = {"f16": np.float16, "f32": np.float32}
+
+
+class ReferenceBackend:
+    """Runs anywhere numpy runs."""
+
+    name = "reference"
+
+    def unavailable(self) -> str | None:
+        """Always available."""
+        return None
+
+    def load(
+        self, program: Program, tensors: Mapping[str, Tensor], options: LoadOptions
+    ) -> ReferenceExecutable:
+        """Dequantize every weight to float32 and get ready to step; `precision` and `threads` have no effect."""
+        return ReferenceExecutable(program, tensors, options)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of the batch, unpacked: its token rows, their positions, its pages and its adapter stack."""
+
+    rows: slice
+    positions: NDArray[np.int32]
+    pages: NDArray[np.int32]
+    stack: tuple[LoweredAdapter, ...]
+
+
+class ReferenceExecutable:
+    """A Program over float32 arrays; registers are [tokens, width]."""
+
+    def __init__(self, program: Program, tensors: Mapping[str, Tensor], options: LoadOptions) -> None:
+        self.program = program
+        self.page_tokens = options.page_tokens
+        self.kv_dtype = KV_DTYPES[options.kv_dtype]
+        self.weights = {name: to_float32(tensors[name]) for name in program.weights}
+        self.shapes = {
+            op.target: self.weights[op.weight].shape
+            for op in program.ops
+            if isinstance(op, Embed | Linear | Logits)
+        }
+        self.pages: dict[tuple[int, int], tuple[NDArray[Any], NDArray[Any]]] = {}  # (page, layer) -> k, v
+        self.n_pages = 0
+        self.adapters: dict[int, LoweredAdapter] = {}
+        self.next_handle = 0
+
+    def reserve(self, n_pages: int) -> None:
+        """Allow pages 0 … n_pages-1; each is allocated when first written."""
+        self.n_pages = max(self.n_pages, n_pages)
+
+    def attach(self, adapter: LoweredAdapter) -> int:
+        """Keep the adapter; raises BackendError for an unknown target or a shape that does not fit."""
+        for target, lowered in adapter.items():
+            if target not in self.shapes:
+                raise BackendError(f"adapter target {target}: the program has no such attach point")
+            self._check(target, lowered)
+        handle, self.next_handle = self.next_handle, self.next_handle + 1
+        self.adapters[handle] = adapter
+        return handle
+
+    def _check(self, target: str, lowered: Lowered) -> None:
+        out, inner = self.shapes[target]
+        if any(isinstance(op, Embed) and op.target == target for op in self.program.ops):
+            out, inner = inner, out  # an embedding's rows are its input
+        wanted: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
+        for k, term in enumerate(lowered.terms):
+            rank = term.v.shape[0]
+            wanted += [(f"U{k}", term.u.shape, (out, rank)), (f"V{k}", term.v.shape, (rank, inner))]
+            if term.d is not None:
+                wanted.append((f"d{k}", term.d.shape, (rank,)))
+        for name, vector, size in (("g_in", lowered.g_in, inner), ("g_out", lowered.g_out, out), ("c", lowered.c, out)):
+            if vector is not None:
+                wanted.append((name, vector.shape, (size,)))
+        for name, found, expected in wanted:
+            if tuple(found) != expected:
+                raise BackendError(f"adapter target {target}: {name} is {list(found)}, expected {list(expected)}")
+
+    def detach(self, handle: int) -> None:
+        """Forget an adapter."""
+        del self.adapters[handle]
+
+    def describe(self) -> str:
+        """One line for the user."""
+        return "reference: numpy float32"
+
+    def close(self) -> None:
+        """Drop the weights and the KV pages."""
+        self.weights, self.pages = {}, {}
+
+    def step(self, batch: Batch) -> Floats:
+        """Run every op in order over the whole batch."""
+        registers: dict[str, Floats] = {}
+        runs = list(self._runs(batch))
+        for op in self.program.ops:
+            if isinstance(op, Logits):
+                return self._logits(op, registers[op.src], runs, batch.logit_rows)
+            self._execute(op, registers, runs, batch)
+        raise BackendError("the program has no Logits operation")
+
+    def _runs(self, batch: Batch) -> Iterator[Run]:
+        for i in range(len(batch.run_start) - 1):
+            rows = slice(batch.run_start[i], batch.run_start[i + 1])
+            pages = batch.pages[batch.page_start[i] : batch.page_start[i + 1]]
+            handles = batch.stacks[batch.stack_start[i] : batch.stack_start[i + 1]]
+            yield Run(rows, batch.positions[rows], pages, tuple(self.adapters[int(h)] for h in handles))
+
+    def _execute(self, op: Op, registers: dict[str, Floats], runs: list[Run], batch: Batch) -> None:
+        if isinstance(op, Embed):
+            registers[op.out] = self._embed(op, runs, batch.tokens)
+        elif isinstance(op, Norm):
+            x = registers[op.src]
+            scale = np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(op.eps))
+            registers[op.out] = x / scale * self.weights[op.weight].reshape(-1)
+        elif isinstance(op, Linear):
+            registers[op.out] = self._linear(op, registers[op.src], runs)
+        elif isinstance(op, Rope):
+            registers[op.reg] = self._rope(op, registers[op.reg], batch.positions)
+        elif isinstance(op, Attention):
+            registers[op.out] = self._attention(op, registers, runs)
+        elif isinstance(op, Gated):
+            registers[op.out] = activate(registers[op.gate], op.activation) * registers[op.up]
+        elif isinstance(op, Add):
+            registers[op.out] = registers[op.a] + registers[op.b]
+        elif isinstance(op, Scale):
+            registers[op.out] = softcap(registers[op.src] * np.float32(op.factor), op.softcap)
+
+    def _embed(self, op: Embed, runs: list[Run], tokens: NDArray[np.int32]) -> Floats:
+        out = self.weights[op.weight][tokens]
+        for run in runs:
+            columns = tokens[run.rows]
+            out[run.rows] = apply_stack(out[run.rows], run.stack, op.target, lambda v, c=columns: v[:, c].T)
+        return out
+
+    def _linear(self, op: Linear | Logits, x: Floats, runs: list[Run]) -> Floats:
+        weight = self.weights[op.weight]
+        out = np.empty((len(x), weight.shape[0]), np.float32)
+        for run in runs:
+            rows = x[run.rows]
+            base = input_gain(rows, run.stack, op.target) @ weight.T
+            out[run.rows] = apply_stack(base, run.stack, op.target, lambda v, rows=rows: rows @ v.T)
+        return out if op.bias is None else out + self.weights[op.bias].reshape(-1)
+
+    def _logits(self, op: Logits, x: Floats, runs: list[Run], logit_rows: NDArray[np.int32]) -> Floats:
+        return self._linear(op, x, runs)[logit_rows]
+
+    def _rope(self, op: Rope, x: Floats, positions: NDArray[np.int32]) -> Floats:
+        angles = positions.astype(np.float32)[:, None] * self.program.constants[op.inv_freq]
+        factor = np.float32(op.factor)
+        cos, sin = np.cos(angles)[:, None] * factor, np.sin(angles)[:, None] * factor
+        first, second = np.split(x.reshape(len(x), op.heads, op.head_dim), 2, axis=-1)
+        rotated = np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        return rotated.reshape(x.shape)
+
+    def _attention(self, op: Attention, registers: dict[str, Floats], runs: list[Run]) -> Floats:
+        q = registers[op.q]
+        out = np.empty_like(q)
+        for run in runs:
+            self._store(op, run, registers[op.k][run.rows], registers[op.v][run.rows])
+        for run in runs:
+            keys, values = self._gather(op, run)
+            for row, position in zip(range(run.rows.start, run.rows.stop), run.positions, strict=True):
+                heads = q[row].reshape(op.kv_heads, op.heads // op.kv_heads, op.head_dim)
+                seen = slice(0, position + 1)
+                scores = np.einsum("ghd,tgd->ght", heads, keys[seen]) * np.float32(op.scale)
+                weights = softmax(softcap(scores, op.softcap))
+                out[row] = np.einsum("ght,tgd->ghd", weights, values[seen]).reshape(-1)
+        return out
+
+    def _store(self, op: Attention, run: Run, k: Floats, v: Floats) -> None:
+        for position, key, value in zip(run.positions, k, v, strict=True):
+            page = int(run.pages[position // self.page_tokens])
+            if not 0 <= page < self.n_pages:
+                raise BackendError(f"KV page {page} is not reserved: {self.n_pages} pages exist")
+            shape = (self.page_tokens, op.kv_heads, op.head_dim)
+            if (page, op.layer) not in self.pages:
+                self.pages[page, op.layer] = (np.zeros(shape, self.kv_dtype), np.zeros(shape, self.kv_dtype))
+            keys, values = self.pages[page, op.layer]
+            keys[position % self.page_tokens] = key.reshape(shape[1:])
+            values[position % self.page_tokens] = value.reshape(shape[1:])
+
+    def _gather(self, op: Attention, run: Run) -> tuple[Floats, Floats]:
+        used = run.pages[: int(run.positions[-1]) // self.page_tokens + 1]
+        pairs = [self.pages[int(page), op.layer] for page in used]
+        keys, values = (np.concatenate(part).astype(np.float32) for part in zip(*pairs, strict=True))
+        return keys, values
+
+
+def input_gain(x: Floats, stack: tuple[LoweredAdapter, ...], target: str) -> Floats:
+    """X times every g_in of the stack."""
+    for adapter in stack:
+        lowered = adapter.get(target)
+        if lowered is not None and lowered.g_in is not None:
+            x = x * lowered.g_in
+    return x
+
+
+def apply_stack(y: Floats, stack: tuple[LoweredAdapter, ...], target: str, shrink: Any) -> Floats:
+    """The normal form over a base product y [T, out]; `shrink(V)` gives V x as [T, rank]."""
+    constants = [np.float32(0)]
+    for adapter in stack:
+        lowered = adapter.get(target)
+        if lowered is None:
+            continue
+        for term in lowered.terms:
+            hidden = shrink(to_float32(term.v))
+            if term.d is not None:
+                hidden = hidden * term.d
+            y = y + np.float32(term.scale) * (hidden @ to_float32(term.u).T)
+        if lowered.g_out is not None:
+            y = y * lowered.g_out
+        if lowered.c is not None:
+            constants.append(lowered.c)
+    return y + sum(constants)
+
+
+def activate(x: Floats, activation: str) -> Floats:
+    """SiLU, or GELU in its tanh approximation."""
+    if activation == "silu":
+        return np.float32(0.5) * x * (1 + np.tanh(np.float32(0.5) * x))  # x · sigmoid(x), without overflow
+    inner = np.float32(np.sqrt(2 / np.pi)) * (x + np.float32(0.044715) * x**3)
+    return np.float32(0.5) * x * (1 + np.tanh(inner))
+
+
+def softcap(x: Floats, cap: float) -> Floats:
+    """Cap · tanh(x / cap), or x when cap is 0."""
+    return np.float32(cap) * np.tanh(x / np.float32(cap)) if cap > 0 else x
+
+
+def softmax(scores: Floats) -> Floats:
+    """Softmax over the last axis."""
+    exp = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return exp / exp.sum(axis=-1, keepdims=True)

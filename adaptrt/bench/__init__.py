@@ -1,0 +1,1 @@
+"""What `adaptrt bench` measures: decode and prefill beside the bandwidth probed in the same run."""

@@ -1,0 +1,1 @@
+"""The engine: sequences, paged KV cache, continuous batching, sampling and streaming text."""

@@ -1,0 +1,1 @@
+"""Architectures as declarative descriptions: config → hyper-parameters, tensor names, Program."""

@@ -1,0 +1,74 @@
+/* Read bandwidth of this machine: the floor under decode speed, which `adaptrt bench` compares against. */
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "adaptrt.h"
+
+enum { LANES = 16, MAX_THREADS = 256 };
+
+typedef struct {
+  const uint64_t *words;
+  size_t count;
+  uint64_t sum;
+  double started, finished; /* seconds */
+} slice;
+
+static double now(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* Sums into independent lanes so that the loads, not the additions, are the limit. */
+static void *read_slice(void *argument) {
+  slice *s = argument;
+  uint64_t lane[LANES] = {0};
+  s->started = now();
+  for (size_t i = 0; i + LANES <= s->count; i += LANES) {
+    __builtin_prefetch(s->words + i + 512);
+    for (int j = 0; j < LANES; j++) lane[j] += s->words[i + j];
+  }
+  for (int j = 0; j < LANES; j++) s->sum += lane[j];
+  s->finished = now();
+  return NULL;
+}
+
+/* Seconds from the first start to the last finish; 0 when a thread could not be started. */
+static double read_once(slice *slices, int32_t threads) {
+  pthread_t ids[MAX_THREADS];
+  int32_t started = 1;
+  while (started < threads && !pthread_create(&ids[started], NULL, read_slice, &slices[started])) started++;
+  read_slice(&slices[0]);
+  for (int32_t i = 1; i < started; i++) pthread_join(ids[i], NULL);
+  if (started < threads) return 0;
+  double first = slices[0].started, last = slices[0].finished;
+  for (int32_t i = 1; i < threads; i++) {
+    if (slices[i].started < first) first = slices[i].started;
+    if (slices[i].finished > last) last = slices[i].finished;
+  }
+  return last - first;
+}
+
+double adrt_read_bandwidth(uint64_t bytes, int32_t threads, int32_t repeats) {
+  if (threads < 1 || threads > MAX_THREADS || bytes > SIZE_MAX || bytes < (uint64_t)threads * 4096) return 0;
+  uint64_t *words = malloc((size_t)bytes);
+  if (!words) return 0;
+  memset(words, 1, (size_t)bytes); /* an untouched page would be read from the one shared zero page */
+  size_t share = (size_t)bytes / sizeof *words / (size_t)threads;
+  double best = 0;
+  volatile uint64_t sink = 0;
+  for (int32_t r = 0; r < repeats; r++) {
+    slice slices[MAX_THREADS] = {{0}};
+    for (int32_t i = 0; i < threads; i++) slices[i] = (slice){.words = words + share * (size_t)i, .count = share};
+    double seconds = read_once(slices, threads);
+    for (int32_t i = 0; i < threads; i++) sink += slices[i].sum;
+    if (seconds > 0) {
+      double rate = (double)(share * sizeof *words * (size_t)threads) / seconds;
+      if (rate > best) best = rate;
+    }
+  }
+  free(words);
+  return best;
+}

@@ -1,0 +1,18 @@
+/* Which kernels this machine runs. */
+#include "kernels.h"
+
+static const kernels *const best_first[] = {
+#if defined(__x86_64__)
+    &cpu_kernels_vnni, &cpu_kernels_avx512, &cpu_kernels_avx2,
+#endif
+    &cpu_kernels_portable,
+};
+
+const kernels *cpu_choose_kernels(int32_t isa, bool fast) {
+  for (size_t i = 0; i < sizeof best_first / sizeof *best_first; i++) {
+    const kernels *k = best_first[i];
+    bool wanted = isa == ADRT_ISA_AUTO ? fast || k->isa != ADRT_ISA_AVX512_VNNI : isa == k->isa;
+    if (wanted && k->supported()) return k;
+  }
+  return NULL;
+}

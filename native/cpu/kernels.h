@@ -1,0 +1,54 @@
+/* The table of inner loops that each instruction set fills in; everything above it is independent of the CPU.
+ *
+ * A result for one (row, token) is the same to the last bit however rows and tokens are grouped into calls: every
+ * kernel of a table adds up a row's 64-weight blocks in the same order for one token as for many.
+ */
+#ifndef CPU_KERNELS_H
+#define CPU_KERNELS_H
+#include "common.h"
+
+/* How a product wants its activations; the buffer is one float32 per column, padded to 64, for every form. */
+enum layout_of_x {
+  X_PLAIN,      /* as they are */
+  X_SPLIT,      /* each 32 reordered into 16 even, 16 odd: the order in which nf4 nibbles unpack */
+  X_INT8,       /* quantized: see kernels_vnni.c */
+  X_INT8_SPLIT, /* quantized, each 128 reordered into 64 even, 64 odd */
+};
+
+/* y[t * y_stride + r] = sum over columns of weight[row0 + r] * x[t * x_stride], r < n_rows, t < n_tokens.
+ * X_PLAIN and X_SPLIT activations are zero from column `cols` up to the next multiple of 64. */
+typedef void product_kernel(const matrix *m, int64_t row0, int64_t n_rows, const float *x, int64_t x_stride,
+                            int64_t n_tokens, float *y, int64_t y_stride);
+
+/* y[t * y_stride + r] += sum over k < rank of u[r / 16][k][r % 16] * h[t * h_stride + k], r < n_rows; the panels of
+ * 16 rows are `panel_stride` items apart and complete. */
+typedef void expand_kernel(const void *panels, int64_t panel_stride, int64_t rank, int64_t n_rows, const float *h,
+                           int64_t h_stride, int64_t n_tokens, float *y, int64_t y_stride);
+
+typedef struct {
+  const char *name;
+  int isa;
+  bool (*supported)(void);
+  product_kernel *exact[N_DTYPES]; /* nf4: cols a multiple of 64, X_SPLIT; the others X_PLAIN */
+  product_kernel *fast[N_DTYPES];  /* NULL: use exact; nf4: cols a multiple of 128, X_INT8_SPLIT; int8: X_INT8 */
+  expand_kernel *expand[3];        /* f32, f16, bf16 */
+  void (*quantize)(const float *x, int64_t n, bool split, float *out); /* for `fast`; n a multiple of 64 */
+  void (*split)(const float *x, int64_t n, float *out);                /* X_SPLIT; n a multiple of 32 */
+  void (*norm)(const float *x, const float *weight, float eps, int64_t n, float *out);
+  void (*gated)(int mode, const float *gate, const float *up, int64_t n, float *out);
+  void (*scale)(const float *x, float factor, float cap, int64_t n, float *out);
+  void (*softmax)(float *scores, int64_t n, float scale, float cap); /* in place */
+} kernels;
+
+/* Whether nf4 rows of this width start on a block, as the nf4 product kernels need. */
+static inline bool nf4_rows_aligned(const matrix *m) { return m->cols % BLOCK == 0; }
+
+extern const kernels cpu_kernels_portable;
+#if defined(__x86_64__)
+extern const kernels cpu_kernels_avx2, cpu_kernels_avx512, cpu_kernels_vnni;
+#endif
+
+/* The best table for this machine, or the one `isa` forces; NULL when the CPU lacks it. `fast` allows VNNI. */
+const kernels *cpu_choose_kernels(int32_t isa, bool fast);
+
+#endif

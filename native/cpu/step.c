@@ -1,0 +1,87 @@
+/* One step: all threads walk the waves together (executable.h). */
+#include <string.h>
+
+#include "executable.h"
+
+static int64_t items(const adrt_executable *e, const instruction *in, enum phase phase) {
+  if (is_product(in->op.kind)) return cpu_linear_items(e, in, phase);
+  if (in->op.kind == ADRT_ATTENTION) return cpu_attention_items(e, in, phase);
+  return phase == COMPUTE ? items_of(tokens_of(e, in), TOKENS_PER_ITEM) : 0;
+}
+
+static void token_op(adrt_executable *e, const instruction *in, int64_t t, float *scratch) {
+  const adrt_op *op = &in->op;
+  const kernels *k = e->kernels;
+  switch (op->kind) {
+    case ADRT_EMBED: cpu_embed(e, in, t, scratch); break;
+    case ADRT_ROPE: cpu_rope(e, in, t); break;
+    case ADRT_NORM:
+      k->norm(row_of(e, op->a, t), in->vector, op->value[0], in->width, row_of(e, op->out, t));
+      break;
+    case ADRT_GATED:
+      k->gated(op->mode, row_of(e, op->a, t), row_of(e, op->b, t), in->width, row_of(e, op->out, t));
+      break;
+    case ADRT_ADD: {
+      const float *a = row_of(e, op->a, t), *b = row_of(e, op->b, t);
+      float *out = row_of(e, op->out, t);
+      for (int64_t i = 0; i < in->width; i++) out[i] = a[i] + b[i];
+      break;
+    }
+    case ADRT_SCALE:
+      k->scale(row_of(e, op->a, t), op->value[0], op->value[1], in->width, row_of(e, op->out, t));
+      break;
+    default: /* GATHER */
+      memcpy(row_of(e, op->out, t), row_of(e, op->a, e->plan.batch->logit_rows[t]), (size_t)in->width * sizeof(float));
+  }
+}
+
+static void run_item(adrt_executable *e, const instruction *in, enum phase phase, int64_t item, float *scratch) {
+  if (is_product(in->op.kind)) {
+    cpu_linear(e, in, phase, item, scratch);
+  } else if (in->op.kind == ADRT_ATTENTION) {
+    cpu_attention(e, in, phase, item, scratch);
+  } else {
+    int64_t first = item * TOKENS_PER_ITEM, n = tokens_of(e, in);
+    for (int64_t t = first; t < first + TOKENS_PER_ITEM && t < n; t++) token_op(e, in, t, scratch);
+  }
+}
+
+/* Take items of a wave's phase until none is left; true when there were any, for any thread. */
+static bool run_phase(adrt_executable *e, int32_t wave, enum phase phase, float *scratch) {
+  int32_t first = e->wave_start[wave], end = e->wave_start[wave + 1], i = first;
+  int64_t total = 0;
+  for (int32_t j = first; j < end; j++) total += items(e, &e->instructions[j], phase);
+  if (!total) return false;
+  int64_t base = 0, count = items(e, &e->instructions[first], phase);
+  for (;;) {
+    int64_t item = atomic_fetch_add_explicit(&e->next_item[wave * N_PHASES + phase], 1, memory_order_relaxed);
+    if (item >= total) return true;
+    while (item - base >= count) { /* on to the instruction that this item belongs to */
+      base += count;
+      count = items(e, &e->instructions[++i], phase);
+    }
+    run_item(e, &e->instructions[i], phase, item - base, scratch);
+  }
+}
+
+static void walk_waves(void *executable, int32_t thread) {
+  adrt_executable *e = executable;
+  float *scratch = e->scratch[thread].data;
+  for (int32_t wave = 0; wave < e->n_waves; wave++)
+    for (enum phase phase = PREPARE; phase < N_PHASES; phase++)
+      if (run_phase(e, wave, phase, scratch)) pool_barrier(e->pool);
+}
+
+int cpu_step(adrt_executable *e, const adrt_batch *batch, adrt_error *error) {
+  if (!e || !batch) return cpu_fail(error, ADRT_BAD_ARGUMENT, "step: a NULL argument");
+  if (!pool_is_ours(e->pool))
+    return cpu_fail(error, ADRT_UNAVAILABLE, "step: the model was loaded by the parent of this forked process");
+  int code = cpu_validate_batch(e, batch, error);
+  if (code == ADRT_OK) code = cpu_plan(e, batch, error);
+  if (code != ADRT_OK) return code;
+  cpu_fill_rope_tables(e);
+  for (int32_t i = 0; i < e->n_waves * N_PHASES; i++) atomic_store_explicit(&e->next_item[i], 0, memory_order_relaxed);
+  pool_run(e->pool, walk_waves, e);
+  e->plan.batch = NULL;
+  return ADRT_OK;
+}

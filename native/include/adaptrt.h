@@ -1,0 +1,166 @@
+/* adaptrt.h: the one ABI between adaptrt and a native backend (spec/backend.md).
+ *
+ *   load(program, options) -> executable      tensors stay where they are: usually a mapped file
+ *   reserve(pages)                            grow the paged KV cache
+ *   attach / detach                           an adapter lowered to the normal form
+ *   step(batch) -> logits                     one call for a ragged batch of many sequences
+ *
+ * A backend is one table of functions, returned by one exported symbol. Functions return ADRT_OK or an error code
+ * and fill `error`; they never abort, never print and never read past the sizes they are given. A tensor's bytes are
+ * laid out as spec/format.md says ("Data types"). An executable is used by one thread at a time.
+ *
+ * cffi reads everything between the two marks below.
+ */
+#ifndef ADAPTRT_H
+#define ADAPTRT_H
+#include <stdint.h>
+#ifdef __cplusplus
+extern "C" {
+#endif
+/* cffi: begin */
+
+#define ADRT_ABI_VERSION 1
+#define ADRT_MESSAGE_BYTES 512
+
+enum adrt_code {
+  ADRT_OK = 0,
+  ADRT_BAD_ARGUMENT = 1, /* a size, index, shape or value does not fit */
+  ADRT_NO_MEMORY = 2,
+  ADRT_UNAVAILABLE = 3, /* no such device, driver or instruction set here */
+  ADRT_DEVICE_FAULT = 4
+};
+
+typedef struct {
+  int32_t code;
+  char message[ADRT_MESSAGE_BYTES]; /* one line, zero-terminated, with every number */
+} adrt_error;
+
+enum adrt_dtype { ADRT_F32 = 0, ADRT_F16 = 1, ADRT_BF16 = 2, ADRT_INT8 = 3, ADRT_NF4 = 4 };
+
+typedef struct {
+  int32_t dtype;
+  int64_t rows, cols; /* a vector is one row */
+  const void *data;   /* row-major */
+  uint64_t bytes;
+} adrt_tensor;
+
+/* The closed set of operations (spec/program.md). T = tokens in the batch, [w] = width of a register. */
+enum adrt_op_kind {
+  ADRT_EMBED = 1,     /* out[T,cols] = weight[token]                               target: adds U (d * V[:, token]) */
+  ADRT_NORM = 2,      /* out = a / sqrt(mean(a^2) + value[0]) * weight             RMS norm */
+  ADRT_LINEAR = 3,    /* out[T,rows] = weight[rows,cols] a[T,cols] + bias          target: the normal form */
+  ADRT_ROPE = 4,      /* out = a rotated, halves paired; weight = f32 inverse frequencies [head_dim/2];
+                         cos and sin are multiplied by value[0]; `heads` heads of `head_dim` */
+  ADRT_ATTENTION = 5, /* stores b (k) and c (v) in the pages of `layer`, then causal softmax(value[0] q k^T) v;
+                         scores are capped to value[1] * tanh(s / value[1]) when value[1] > 0 */
+  ADRT_GATED = 6,     /* out = activation(a) * b, activation by `mode` */
+  ADRT_ADD = 7,       /* out = a + b */
+  ADRT_SCALE = 8,     /* out = a * value[0], then capped to value[1] * tanh(. / value[1]) when value[1] > 0 */
+  ADRT_LOGITS = 9     /* logits[n_logits,rows] = weight[rows,cols] a[logit_rows] + bias, the last operation */
+};
+
+enum adrt_activation { ADRT_SILU = 0, ADRT_GELU_TANH = 1 };
+
+typedef struct {
+  int32_t kind;
+  int32_t out, a, b, c;  /* registers; -1 = none */
+  int32_t weight, bias;  /* tensors; -1 = none */
+  int32_t target;        /* attach point; -1 = none */
+  int32_t layer;         /* KV layer of ATTENTION */
+  int32_t heads, kv_heads, head_dim;
+  int32_t mode;
+  float value[2];
+} adrt_op;
+
+typedef struct {
+  int32_t n_registers;
+  const int64_t *register_widths; /* float32 values per token */
+  int32_t n_tensors;
+  const adrt_tensor *tensors;
+  int32_t n_ops;
+  const adrt_op *ops;
+  int32_t n_targets; /* attach points 0 .. n_targets-1, each named by exactly one op */
+} adrt_program;
+
+enum adrt_precision { ADRT_EXACT = 0, ADRT_FAST = 1 };
+enum adrt_isa { ADRT_ISA_AUTO = 0, ADRT_ISA_PORTABLE = 1, ADRT_ISA_AVX2 = 2, ADRT_ISA_AVX512 = 3, ADRT_ISA_AVX512_VNNI = 4 };
+
+typedef struct {
+  int32_t threads;     /* >= 1, the caller's thread included */
+  int32_t precision;   /* adrt_precision */
+  int32_t kv_dtype;    /* ADRT_F16 or ADRT_F32 */
+  int32_t page_tokens; /* tokens in a KV page, a power of two */
+  int32_t isa;         /* adrt_isa; CPU only */
+} adrt_options;
+
+/* The adapter normal form (spec/adapters.md):  y = g_out * [ W (g_in * x) + sum_k scale_k U_k (d_k * (V_k x)) ] + c
+ * A stack is applied in order, each adapter's g_out acting on what was accumulated so far; the op's own bias and
+ * every c are added last. Equal data pointers mean shared tensors. Memory stays the caller's until detach. */
+typedef struct {
+  adrt_tensor u; /* [out, rank]: f32, f16 or bf16 */
+  adrt_tensor v; /* [rank, in]: f32, f16 or bf16 */
+  const float *d; /* [rank] or NULL */
+  float scale;
+} adrt_term;
+
+typedef struct {
+  int32_t target;
+  int32_t n_terms;
+  const adrt_term *terms;
+  const float *g_in;  /* [in] or NULL */
+  const float *g_out; /* [out] or NULL */
+  const float *c;     /* [out] or NULL */
+} adrt_attachment;
+
+/* A run is consecutive tokens of one sequence that share an adapter stack. Runs of one sequence may share pages. */
+typedef struct {
+  int32_t n_tokens;
+  const int32_t *tokens;      /* [n_tokens] */
+  const int32_t *positions;   /* [n_tokens], rising by one inside a run */
+  int32_t n_runs;
+  const int32_t *run_start;   /* [n_runs + 1] into tokens */
+  const int32_t *page_start;  /* [n_runs + 1] into pages */
+  const int32_t *pages;       /* position p of a run lives in its page p / page_tokens */
+  const int32_t *stack_start; /* [n_runs + 1] into stacks */
+  const int32_t *stacks;      /* handles from attach, in stacking order */
+  int32_t n_logits;
+  const int32_t *logit_rows;  /* [n_logits] into tokens */
+  float *logits;              /* [n_logits, vocabulary], written */
+} adrt_batch;
+
+typedef struct adrt_executable adrt_executable;
+
+typedef struct {
+  uint32_t abi_version;
+  uint32_t struct_bytes; /* sizeof(adrt_backend): slots past it are absent */
+  const char *name;
+  int (*probe)(adrt_error *error); /* can this backend run here? */
+  int (*load)(const adrt_program *program, const adrt_options *options, adrt_executable **out, adrt_error *error);
+  void (*unload)(adrt_executable *executable);
+  int (*reserve)(adrt_executable *executable, int32_t n_pages, adrt_error *error); /* pages 0 .. n_pages-1 exist after */
+  int (*attach)(adrt_executable *executable, int32_t n, const adrt_attachment *attachments, int32_t *handle,
+                adrt_error *error);
+  int (*detach)(adrt_executable *executable, int32_t handle, adrt_error *error);
+  int (*step)(adrt_executable *executable, const adrt_batch *batch, adrt_error *error);
+  const char *(*describe)(const adrt_executable *executable); /* the kernels in use, one line */
+} adrt_backend;
+
+const adrt_backend *adrt_cpu_backend(void);
+
+/* The quantizers of adaptrt.quant in C, equal bit for bit (facts and rules: spec/format.md). Single-threaded.
+ * nf4: x[n] -> codes[ceil(n/2)], absmax[ceil(n/64)]; the first element must start a block and, unless it is the
+ * tensor's end, n must be a multiple of 64. Returns ADRT_BAD_ARGUMENT for a NaN or infinity, its index in *bad. */
+int adrt_quantize_nf4(const float *x, int64_t n, uint8_t *codes, float *absmax, int64_t *bad);
+/* absmax[n_blocks] minus offset -> q[n_blocks], nested[ceil(n_blocks/256)] */
+int adrt_quantize_absmax(const float *absmax, int64_t n_blocks, float offset, uint8_t *q, float *nested);
+/* x[rows,cols] -> codes[rows*cols], bfloat16 scales[rows*ceil(cols/64)] */
+int adrt_quantize_int8(const float *x, int64_t rows, int64_t cols, int8_t *codes, uint16_t *scales, int64_t *bad);
+
+/* Bytes a second that `threads` threads read from `bytes` of memory, best of `repeats`; 0 when out of memory. */
+double adrt_read_bandwidth(uint64_t bytes, int32_t threads, int32_t repeats);
+
+/* cffi: end */
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,179 @@
+"""The Python API: adapters by name, streaming, threads, closing, and refusals."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.oracle import llama_folder, peft_folder
+
+import adaptrt
+from adaptrt.convert.base import ConvertOptions
+from adaptrt.errors import (
+    AdapterError,
+    BackendError,
+    ClosedError,
+    ContextError,
+    ModelError,
+    RequestError,
+    UnknownAdapterError,
+)
+from adaptrt.plugins import load_registry
+
+CONTEXT = 128
+PROMPT = [5, 6, 7, 8]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    path = tmp_path_factory.mktemp("api")
+    folder = llama_folder(path / "hf", max_position_embeddings=CONTEXT)
+    registry = load_registry()
+    registry.importers["hf"].convert(folder, path / "base.adrt", ConvertOptions(), lambda *_: None)
+    return {
+        "base": path / "base.adrt",
+        "a": peft_folder(path / "a", folder, 1),
+        "b": peft_folder(path / "b", folder, 2, use_rslora=True),
+    }
+
+
+@pytest.fixture
+def model(files: dict[str, Path]) -> Iterator[adaptrt.Model]:
+    with adaptrt.load(files["base"], precision="exact", threads=2) as model:
+        model.load_adapter(files["a"])
+        model.load_adapter(files["b"], name="bee")
+        yield model
+
+
+def greedy(model: adaptrt.Model, prompt: list[int], **options: object) -> list[int]:
+    chunks = model.generate(prompt, stream=True, temperature=0, **options)
+    return [token for chunk in chunks for token in chunk.token_ids]
+
+
+def test_greedy_generation_follows_the_logits(model: adaptrt.Model) -> None:
+    ids = greedy(model, PROMPT, max_tokens=10)
+    logits = model.logits(PROMPT + ids)
+    assert logits.dtype == np.float32 and logits.shape == (14, model.vocab_size)
+    assert logits[len(PROMPT) - 1 : -1].argmax(1).tolist() == ids
+
+
+def test_set_and_disable_adapter(model: adaptrt.Model) -> None:
+    base, stacked = model.logits(PROMPT), model.logits(PROMPT, {"bee": 0.5, "a": 1.0})
+    assert not np.allclose(base, stacked)
+    model.set_adapter({"bee": 0.5, "a": 1.0})
+    assert np.array_equal(model.logits(PROMPT), stacked)
+    assert np.array_equal(model.logits(PROMPT, {}), base)
+    with model.disable_adapter():
+        assert np.array_equal(model.logits(PROMPT), base)
+    assert np.array_equal(model.logits(PROMPT), stacked)
+    model.unload_adapter("a")
+    assert np.array_equal(model.logits(PROMPT), model.logits(PROMPT, {"bee": 0.5}))
+    model.set_adapter(None)
+    assert np.array_equal(model.logits(PROMPT), base)
+    assert np.array_equal(model.logits(PROMPT, {"bee": 0.0}), base)
+
+
+def test_generation_stops_where_the_context_ends(model: adaptrt.Model) -> None:
+    prompt = list(range(100))
+    chunks = list(model.generate(prompt, max_tokens=None, stream=True, temperature=0))
+    assert chunks[-1].finish_reason == "length"
+    assert chunks[-1].n_tokens == CONTEXT - len(prompt) + 1  # the last token is never run
+    with pytest.raises(ContextError, match=r"129 tokens.*at most 128"):
+        model.generate([1] * (CONTEXT + 1))
+
+
+def test_requests_of_one_batch_fail_alone(model: adaptrt.Model) -> None:
+    good = adaptrt.Request(PROMPT, {"a": 1.0}, adaptrt.Sampling(max_tokens=3, temperature=0))
+    bad = [
+        adaptrt.Request([1] * 500),
+        adaptrt.Request([]),
+        adaptrt.Request([131]),
+        adaptrt.Request(PROMPT, {"nobody": 1.0}),
+        adaptrt.Request(PROMPT, {"a": math.nan}),
+        adaptrt.Request("text, but the model has no tokenizer"),
+    ]
+    chunks = list(model.generate_batch([*bad, good]))
+    errors = {chunk.index: chunk.error for chunk in chunks if chunk.finish_reason == "error"}
+    assert sorted(errors) == list(range(len(bad))) and all(errors.values())
+    tokens = [token for chunk in chunks for token in chunk.token_ids]
+    assert {chunk.index for chunk in chunks if chunk.token_ids} == {len(bad)}
+    assert tokens == greedy(model, PROMPT, adapters={"a": 1.0}, max_tokens=3)
+
+
+def test_threads_share_a_model(model: adaptrt.Model) -> None:
+    prompts = [[seed, seed + 1, 3] * (seed + 1) for seed in range(6)]
+    stacks = [{}, {"a": 1.0}, {"bee": 0.5}] * 2
+    expected = [greedy(model, p, adapters=s, max_tokens=20) for p, s in zip(prompts, stacks, strict=True)]
+    found: dict[int, list[int]] = {}
+
+    def work(i: int) -> None:
+        found[i] = greedy(model, prompts[i], adapters=stacks[i], max_tokens=20)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[i] for i in range(6)] == expected
+
+
+def test_two_models_live_side_by_side(files: dict[str, Path], model: adaptrt.Model) -> None:
+    with adaptrt.load(files["base"], precision="exact") as other:
+        assert np.array_equal(other.logits(PROMPT), model.logits(PROMPT))
+    assert model.logits(PROMPT).shape[0] == len(PROMPT)
+
+
+def test_closing_and_unloading_under_a_stream(model: adaptrt.Model) -> None:
+    stream = model.generate(PROMPT, max_tokens=50, adapters="a", stream=True)
+    next(stream)
+    with pytest.raises(AdapterError, match="in use"):
+        model.unload_adapter("a")
+    stream.close()
+    model.unload_adapter("a")
+    stream = model.generate(PROMPT, max_tokens=50, stream=True)
+    next(stream)
+    model.close()
+    model.close()
+    with pytest.raises(ClosedError):
+        next(stream)
+    with pytest.raises(ClosedError):
+        model.logits(PROMPT)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda m, f: m.load_adapter(f["a"]), AdapterError, "already loaded"),
+        (lambda m, f: m.load_adapter("nowhere"), UnknownAdapterError, "nowhere"),
+        (lambda m, f: m.load_adapter(f["base"]), AdapterError, "0 adapters"),
+        (lambda m, f: m.unload_adapter("nobody"), UnknownAdapterError, "nobody.*loaded: a, bee"),
+        (lambda m, f: m.set_adapter({"a": math.inf}), AdapterError, "inf.*finite"),
+        (lambda m, f: m.set_adapter({"a": "1"}), AdapterError, "'1'"),
+        (lambda m, f: m.generate(PROMPT, temperature=-1), RequestError, "temperature"),
+        (lambda m, f: m.generate(PROMPT, tempo=1), RequestError, "tempo"),
+        (lambda m, f: m.generate("hello"), ModelError, "no tokenizer"),
+        (lambda m, f: m.logits([1, 9999]), RequestError, "9999"),
+        (lambda m, f: m.apply_chat_template([]), ModelError, "no chat template"),
+        (lambda m, f: adaptrt.load(f["base"], backend="tpu"), BackendError, "tpu.*installed"),
+        (lambda m, f: adaptrt.load(f["base"], precision="exactly"), RequestError, "exactly"),
+        (lambda m, f: adaptrt.load(f["base"], threads=0), RequestError, "threads"),
+    ],
+)
+def test_refusals_name_the_thing(model: adaptrt.Model, files: dict[str, Path], call: object, error: type, words: str) -> None:
+    with pytest.raises(error, match=words) as caught:
+        call(model, files)
+    assert "\n" not in str(caught.value)
+
+
+def test_f16_cache_is_close_to_f32(files: dict[str, Path]) -> None:
+    ids = np.random.default_rng(3).integers(0, 131, 100).tolist()
+    logits = []
+    for kv_dtype in ("f16", "f32"):
+        with adaptrt.load(files["base"], precision="exact", kv_dtype=kv_dtype) as model:
+            logits.append(model.logits(ids))
+    error = np.linalg.norm(logits[0] - logits[1]) / np.linalg.norm(logits[1])
+    assert 0 < error < 2e-3

@@ -1,0 +1,226 @@
+"""The CPU backend against the numpy reference: every operation, dtype, instruction set and precision."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.programs import (
+    VOCABULARY,
+    Model,
+    Pages,
+    Run,
+    Sizes,
+    adapter,
+    batch,
+    decoder,
+    probe,
+    random,
+    relative_error,
+    run_tokens,
+    weight,
+)
+
+from adaptrt.backends.base import LoadOptions
+from adaptrt.backends.cpu import CpuBackend
+from adaptrt.backends.reference import ReferenceBackend
+from adaptrt.errors import BackendError
+from adaptrt.program import Add, Attention, Gated, Linear, Norm, Rope, Scale
+from adaptrt.quant.plain import from_float32
+
+ISAS = ("portable", "avx2", "avx512", "avx512_vnni")
+DTYPES = ("f32", "f16", "bf16", "int8", "nf4")
+EXACT = 2e-6  # float32 sums of a few hundred products in another order
+FAST = {"nf4": 2e-3, "int8": 2e-3}  # integer activations; the other dtypes have no fast kernel
+OPTIONS = LoadOptions(threads=2, precision="exact", page_tokens=4, kv_dtype="f32")
+
+
+def load(model: Model, **options: Any) -> Any:
+    """Load on the CPU; skips when this CPU lacks the forced instruction set."""
+    try:
+        return CpuBackend().load(model.program, model.tensors, replace(OPTIONS, **options))
+    except BackendError as error:
+        if "lacks instruction set" in str(error):
+            pytest.skip(str(error))
+        raise
+
+
+def reference(model: Model, **options: Any) -> Any:
+    return ReferenceBackend().load(model.program, model.tensors, replace(OPTIONS, **options))
+
+
+def compare(model: Model, tolerance: float, n_tokens: int = 7, **options: Any) -> None:
+    tokens = np.random.default_rng(1).integers(0, VOCABULARY, n_tokens).tolist()
+    page_tokens = options.get("page_tokens", OPTIONS.page_tokens)
+    found = run_tokens(load(model, **options), tokens, page_tokens)
+    expected = run_tokens(reference(model, **options), tokens, page_tokens)
+    assert relative_error(found, expected) < tolerance
+
+
+def linear_model(rows: int, cols: int, dtype: str, bias: bool = False) -> Model:
+    tensors = {}
+    weight("w", rows, cols, dtype, tensors, seed=rows)
+    if bias:
+        tensors["b"] = from_float32(random(9, rows), "bf16")
+    return probe([Linear("out", "x", "w", "b" if bias else None, "w")], "out", {"x": cols, "out": rows}, tensors)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cols", [1, 31, 64, 65, 128, 172, 256, 512])
+def test_linear(isa: str, dtype: str, cols: int) -> None:
+    for rows in (1, 3, 65):
+        model = linear_model(rows, cols, dtype, bias=rows == 3)
+        for precision, tolerance in (("exact", EXACT), ("fast", FAST.get(dtype, EXACT))):
+            for n_tokens in (1, 2, 5, 17):
+                compare(model, tolerance, n_tokens, isa=isa, precision=precision)
+
+
+def test_long_rows_and_offsets() -> None:
+    """More blocks in a row than one expansion of scales holds, and more than one nested group."""
+    for cols in (64 * 300, 64 * 301 + 2):
+        for dtype in ("int8", "nf4"):
+            for isa in ISAS[:3]:
+                compare(linear_model(5, cols, dtype), 1e-5, 3, isa=isa)
+
+
+OPERATIONS = {
+    "norm": ([Norm("x", "x", "w", 1e-3)], "x", {"x": 77}, ("w", 1, 77)),
+    "silu": ([Gated("z", "x", "y", "silu")], "z", {"x": 77, "y": 77, "z": 77}, None),
+    "gelu": ([Gated("x", "x", "y", "gelu_tanh")], "x", {"x": 77, "y": 77}, None),
+    "add": ([Add("y", "x", "y")], "y", {"x": 77, "y": 77}, None),
+    "scale": ([Scale("x", "x", -2.5)], "x", {"x": 77}, None),
+    "cap": ([Scale("y", "x", 3.0, 2.0)], "y", {"x": 77, "y": 77}, None),
+    "linear in place": ([Linear("x", "x", "w", None, "w")], "x", {"x": 77}, ("w", 77, 77)),
+    "linears that depend": (
+        [Linear("y", "x", "w", None, "w"), Linear("x", "y", "w", None, "v")], "x", {"x": 77, "y": 77}, ("w", 77, 77)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operation(isa: str, name: str) -> None:
+    ops, out, widths, tensor = OPERATIONS[name]
+    tensors = {}
+    if tensor:
+        weight(*tensor, "f32", tensors)
+        if tensor[1] == 1:
+            tensors["w"] = from_float32(random(3, tensor[2]), "f32")
+    for n_tokens in (1, 9):
+        compare(probe(list(ops), out, widths, tensors), EXACT, n_tokens, isa=isa)
+
+
+def test_gates_at_extreme_values() -> None:
+    values = np.array([0, -0.0, 1e-30, 1e-3, 5, 30, 88, 89, 1e4, 3e38, -1e-3, -5, -30, -88, -89, -1e4], np.float32)
+    for activation in ("silu", "gelu_tanh"):
+        model = probe([Gated("x", "x", "y", activation)], "x", {"x": 16, "y": 16}, {})
+        model.tensors["table_x"] = from_float32(np.tile(values, (VOCABULARY, 1)), "f32")
+        model.tensors["table_y"] = from_float32(np.ones((VOCABULARY, 16), np.float32), "f32")
+        for isa in ISAS[:3]:
+            found = run_tokens(load(model, isa=isa), [3], 4)[0]
+            x = values.astype(np.float64)
+            if activation == "silu":
+                expected = x / (1 + np.exp(np.minimum(-x, 700)))
+            else:
+                inner = np.sqrt(2 / np.pi) * (x + 0.044715 * np.clip(x, -1e3, 1e3) ** 3)
+                expected = 0.5 * x * (1 + np.tanh(inner))
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kv_dtype", ["f16", "f32"])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(1, 1, 2), (6, 2, 20), (4, 4, 64), (8, 1, 80)])
+def test_attention(isa: str, kv_dtype: str, heads: int, kv_heads: int, head_dim: int) -> None:
+    widths = {"x": heads * head_dim, "y": kv_heads * head_dim, "z": kv_heads * head_dim, "out": heads * head_dim}
+    inv = (0.5 ** np.arange(head_dim // 2)).astype(np.float32)
+    for cap in (0.0, 1.5):
+        ops = [Rope("x", heads, head_dim, "inv", 1.25), Rope("y", kv_heads, head_dim, "inv", 0.5)]
+        ops.append(Attention("out", "x", "y", "z", 0, heads, kv_heads, head_dim, head_dim**-0.5, cap))
+        model = probe(ops, "out", widths, {}, {"inv": inv})
+        for n_tokens in (1, 4, 21):
+            compare(model, 1e-5 if kv_dtype == "f32" else 1e-3, n_tokens, isa=isa, kv_dtype=kv_dtype)
+
+
+def test_rope_at_far_positions_is_as_exact_as_float32_angles_allow() -> None:
+    inv = np.array([1.0, 0.3], np.float32)
+    model = probe([Rope("x", 1, 4, "inv")], "x", {"x": 4}, {}, {"inv": inv})
+    executable = load(model, page_tokens=65536)
+    executable.reserve(4)
+    position = 131071
+    found = executable.step(batch([Run([2], position, [0, 1])]))[0]
+    x = random(0, VOCABULARY, 4)[2].astype(np.float64)
+    angle = (np.float32(position) * inv).astype(np.float64)
+    rotated = [x[:2] * np.cos(angle) - x[2:] * np.sin(angle), x[2:] * np.cos(angle) + x[:2] * np.sin(angle)]
+    np.testing.assert_allclose(found, np.concatenate(rotated), rtol=0, atol=3e-7)
+
+
+SIZES = {
+    "even": Sizes(),
+    "odd": Sizes(width=75, heads=3, kv_heads=1, head_dim=10, mlp=43, vocabulary=37),
+    "wide": Sizes(width=256, heads=4, kv_heads=4, head_dim=64, mlp=384, vocabulary=300, layers=1),
+}
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "nf4"])
+def test_decoder_with_ragged_stacks(isa: str, size: str, dtype: str) -> None:
+    """Prefill, then decode, of five sequences with different stacks of adapters in one batch."""
+    model = decoder(SIZES[size], dtype)
+    adapters = [
+        adapter(model, 1, "f32", rank=5),
+        adapter(model, 2, "bf16", rank=16, skip=("embed", "0.q", "head")),
+        adapter(model, 3, "f16", rank=1),
+    ]
+    stacks = [(), (0,), (1, 0, 2), (1,), (1,)]
+    lengths = [1, 6, 3, 9, 2]
+    results = {}
+    for name, tolerance in (("reference", 0.0), ("exact", 2e-4), ("fast", 2e-2)):
+        executable = reference(model) if name == "reference" else load(model, isa=isa, precision=name)
+        handles = [executable.attach(a) for a in adapters]
+        pages = Pages(OPTIONS.page_tokens, 32)
+        executable.reserve(32)
+        taken = [pages.take(length + 1) for length in lengths]
+        runs = [
+            Run([(7 * i + j) % 37 for j in range(length)], 0, taken[i], [handles[s] for s in stacks[i]])
+            for i, length in enumerate(lengths)
+        ]
+        runs[3].wanted = [0, 8, 8, 3]
+        first = executable.step(batch(runs))
+        more = [Run([i], length, taken[i], runs[i].stack) for i, length in enumerate(lengths)]
+        results[name] = np.concatenate([first, executable.step(batch(more))])
+        if tolerance:
+            assert relative_error(results[name], results["reference"]) < tolerance
+        executable.close()
+
+
+def test_embedding_gain_follows_the_normal_form() -> None:
+    """An embedding's x is one-hot, so g_in multiplies the picked row."""
+    from adaptrt.adapters.normal import Lowered
+
+    model = probe([], "x", {"x": 20}, {})
+    executable = load(model)
+    gain = random(4, VOCABULARY)
+    handle = executable.attach({"embed_x": Lowered(g_in=gain)})
+    plain, scaled = run_tokens(executable, [3, 8], 4), run_tokens(executable, [3, 8], 4, [handle])
+    np.testing.assert_array_equal(scaled, plain * gain[[3, 8], None])
+
+
+def test_two_executables_share_a_process_and_close_twice() -> None:
+    models = [linear_model(9, 64, "nf4"), linear_model(5, 31, "f16")]
+    executables = [load(m, threads=3) for m in models]
+    for model, executable in zip(models * 2, executables * 2, strict=True):
+        found, expected = run_tokens(executable, [1, 2], 4), run_tokens(reference(model), [1, 2], 4)
+        assert relative_error(found, expected) < 1e-3
+    for executable in executables:
+        executable.close()
+        executable.close()
+
+
+def test_describe_names_kernels_precision_and_threads() -> None:
+    model = linear_model(1, 1, "f32")
+    assert load(model, isa="portable", threads=1).describe() == "cpu: portable exact, 1 thread"
+    assert load(model, isa="portable", precision="fast", threads=3).describe() == "cpu: portable fast, 3 threads"

@@ -1,0 +1,127 @@
+"""Streaming text: whole characters only, and stop strings cut exactly."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as HfTokenizer
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from adaptrt.engine.chat import render
+from adaptrt.engine.text import REPLACEMENT, Detokenizer, StopMatcher, Tokenizer
+from adaptrt.errors import ModelError
+
+CORPUS = ["the quick brown fox", "jumps over the lazy dog", "čeština, русский, 日本語, 🦊🦊 and ünïcödé"]
+
+
+def byte_level() -> Tokenizer:
+    hf = HfTokenizer(models.BPE())
+    hf.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    hf.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    hf.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False))
+    return Tokenizer(hf.to_str().encode())
+
+
+def sentencepiece_like() -> Tokenizer:
+    """Llama 2's way: ▁ for spaces, bytes as <0xNN>, a leading space that the decoder strips."""
+    vocab = {"<unk>": 0} | {f"<0x{byte:02X}>": byte + 1 for byte in range(256)}
+    for letter in sorted({c for text in CORPUS[:2] for c in text.replace(" ", "▁")}):
+        vocab[letter] = len(vocab)
+    hf = HfTokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    hf.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    hf.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return Tokenizer(hf.to_str().encode())
+
+
+TOKENIZERS = {"byte-level": byte_level(), "sentencepiece": sentencepiece_like()}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@given(text=st.text(st.characters(exclude_characters=REPLACEMENT, exclude_categories=["Cs"]), max_size=40))
+@settings(max_examples=150, deadline=None)
+def test_stream_is_the_text_in_whole_characters(kind: str, text: str) -> None:
+    tokenizer = TOKENIZERS[kind]
+    prompt, ids = tokenizer.encode("the fox"), tokenizer.encode("the fox" + text)
+    if ids[: len(prompt)] != prompt:
+        return  # the text merged into the prompt's last token: no such stream exists
+    detokenizer = Detokenizer(tokenizer, prompt)
+    pieces = [detokenizer.push(token) for token in ids[len(prompt) :]]
+    assert not any(REPLACEMENT in piece for piece in pieces)
+    assert "".join(pieces) + detokenizer.flush() == text
+
+
+def test_incomplete_character_at_the_end_is_shown_as_replacement() -> None:
+    tokenizer = TOKENIZERS["byte-level"]
+    ids = tokenizer.encode("鬱")  # not in the corpus: three byte tokens
+    assert len(ids) == 3
+    detokenizer = Detokenizer(tokenizer, tokenizer.encode("fox"))
+    assert [detokenizer.push(token) for token in ids[:2]] == ["", ""]
+    assert set(detokenizer.flush()) == {REPLACEMENT}
+
+
+@given(text=st.text("ab", max_size=30), stops=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3), data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_stop_strings_cut_at_the_first_match_however_the_text_arrives(text: str, stops: list[str], data: st.DataObject) -> None:
+    """The cut is where a stop string first becomes complete, reading letter by letter."""
+    matcher, shown = StopMatcher(stops), ""
+    rest = text
+    while rest and not matcher.stopped:
+        shown += matcher.push(rest[0])
+        rest = rest[1:]
+    shown += matcher.flush()
+    ends = [end for end in range(len(text) + 1) if any(text[:end].endswith(stop) for stop in stops)]
+    if not ends:
+        assert shown == text and not matcher.stopped
+        return
+    complete = text[: ends[0]]
+    longest = max(len(stop) for stop in stops if complete.endswith(stop))
+    assert matcher.stopped and shown == complete[:-longest]
+
+
+def test_stop_string_spanning_pieces_is_held_back() -> None:
+    matcher = StopMatcher(["END"])
+    assert matcher.push("keep E") == "keep "
+    assert matcher.push("N") == ""
+    assert matcher.push("T") == "ENT"
+    assert matcher.push("END tail") == "" and matcher.stopped
+
+
+def test_unreadable_tokenizer_is_one_error() -> None:
+    with pytest.raises(ModelError, match=r"tokenizer\.json"):
+        Tokenizer(b"{}")
+
+
+CHATML = (
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_chat_template_matches_transformers(tmp_path: object) -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    messages = [{"role": "user", "content": "a <b> & 'c'"}, {"role": "assistant", "content": "d"}]
+    template = CHATML + "{{ {'k': 'é<'} | tojson }}{% for i in [1,2] %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}"
+    expected, _ = render_jinja_template(
+        conversations=[messages], chat_template=template, add_generation_prompt=True, bos_token="<s>"
+    )
+    assert render(template, messages, {"bos_token": "<s>"}) == expected[0]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('roles must alternate') }}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{% for x in range(10**9) %}{% endfor %}",
+        "{{ messages.append(1) }}",
+        "{% if %}",
+    ],
+)
+def test_hostile_chat_templates_are_one_error(template: str) -> None:
+    with pytest.raises(ModelError, match="chat template"):
+        render(template, [{"role": "user", "content": "x"}], {})
