@@ -85,6 +85,8 @@ def test_version() -> None:
             "give one of -p, -f and --prompts (see 'adaptrt run --help')",
         ),
         (["run", "m.adrt", "--prompts", "x", "--chat"], "--chat does not go with --prompts"),
+        (["run", "m.adrt", "--chat", "--json"], "--json does not go with a chat"),
+        (["run", "m.adrt", "-p", "x", "--system", "y"], "--system goes with a chat only"),
         (["run", "m.adrt", "--precision", "half"], "Invalid value for '--precision'"),
         (["eval", "m.adrt"], "Missing option '--text' (see 'adaptrt eval --help')"),
         (["adapter", "sing"], "No such command 'sing' (see 'adaptrt adapter --help')"),
@@ -222,6 +224,7 @@ def test_read_prompts(tmp_path: Path) -> None:
         ("[1]", "found list, expected an object with a prompt"),
         ({"adapters": []}, "prompt: found None, expected text"),
         ({"prompt": 3}, "prompt: found 3, expected text"),
+        ({"prompt": ""}, "prompt: found '', expected text"),
         (
             {"prompt": "x", "temprature": 1},
             "unknown key 'temprature', expected one of prompt, adapters, max_tokens",

@@ -271,8 +271,12 @@ def prompt_too_long(made: Made, path: Path) -> list[object]:
     return ["run", made.model, "-p", "x" * 400]
 
 
-def empty_prompt(made: Made, path: Path) -> list[object]:
+def no_prompt(made: Made, path: Path) -> list[object]:
     return ["run", made.model]
+
+
+def empty_prompt(made: Made, path: Path) -> list[object]:
+    return ["run", made.model, "-p", ""]
 
 
 def missing_prompt_file(made: Made, path: Path) -> list[object]:
@@ -329,7 +333,8 @@ WRONG: dict[Wrong, str] = {
     packing_a_model_as_adapter: "{made}/hf-other.adrt: found 0 adapters, expected one",
     scale_nan: "scale is 'nan', expected a finite number",
     prompt_too_long: "prompt: found 401 tokens, expected at most 128, the context length",
-    empty_prompt: "there is no prompt",
+    no_prompt: "there is no prompt",
+    empty_prompt: "the prompt is empty",
     missing_prompt_file: "{path}/nowhere.txt: No such file or directory",
     binary_prompt_file: "{path}/binary: byte 2 is not UTF-8 text",
     unknown_backend: "backend 'abacus': not installed; installed: ",
@@ -353,7 +358,7 @@ def test_wrong_input_is_one_line_and_changes_nothing(made: Made, tmp_path: Path,
     args = wrong(made, tmp_path)
     before = listing(tmp_path)
     message = WRONG[wrong].format(path=tmp_path, made=made.model.parent)
-    expect_one_line(adaptrt_cli(*args), message, code=2 if wrong is empty_prompt else 1)
+    expect_one_line(adaptrt_cli(*args), message, code=2 if wrong in (no_prompt, empty_prompt) else 1)
     assert listing(tmp_path) == before
 
 

@@ -178,29 +178,38 @@ def test_conversion_imports_neither_torch_nor_its_friends(tmp_path: Path) -> Non
         "print([name for name in names if name in sys.modules])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, folder, tmp_path / "out.adrt"], capture_output=True, text=True, check=True
+        [sys.executable, "-c", script, folder, tmp_path / "out.adrt"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads VmHWM from /proc")
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """Peak resident memory of converting 160 MB in few large tensors, measured in a process of its own."""
-    resource = pytest.importorskip("resource")
-    assert resource.RUSAGE_SELF == 0
+    """Peak resident memory of converting 150 MB in two large tensors, measured in a process of its own.
+
+    VmHWM starts afresh at exec; ru_maxrss would begin with the peak of the process that started this one.
+    """
     folder = llama_folder(
         tmp_path / "hf", hidden_size=64, vocab_size=300_000, intermediate_size=20, num_hidden_layers=1
     )
     size = (folder / "model.safetensors").stat().st_size
     script = (
-        "import resource, sys; from pathlib import Path; from adaptrt.convert.hf import HfImporter\n"
+        "import re, sys; from pathlib import Path; from adaptrt.convert.hf import HfImporter\n"
         "from adaptrt.convert.base import ConvertOptions\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "status = Path('/proc/self/status')\n"
+        "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', status.read_text())[1]) * 1024\n"
+        "before = peak()\n"
         "HfImporter().convert(Path(sys.argv[1]), Path(sys.argv[2]), ConvertOptions(), lambda *_: None)\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+        "print(peak() - before)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, folder, tmp_path / "out.adrt"], capture_output=True, text=True, check=True
+        [sys.executable, "-c", script, folder, tmp_path / "out.adrt"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    unit = 1 if sys.platform == "darwin" else 1024
     assert size > 150e6
-    assert int(done.stdout) * unit < size / 2
+    assert 1e6 < int(done.stdout) < size / 3

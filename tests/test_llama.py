@@ -81,7 +81,7 @@ def test_inv_freq_equals_transformers(head_dim: int, theta: float, scaling: dict
 
 
 def test_old_spelling_and_missing_original_length() -> None:
-    """`type` for `rope_type`, and max_position_embeddings when the original length is absent, as transformers."""
+    """`type` for `rope_type`; max_position_embeddings when the original length is absent; as transformers."""
     scaling = {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"}
     old = {"type" if key == "rope_type" else key: value for key, value in scaling.items()}
     metadata = LLAMA.metadata(SMALL | {"rope_scaling": old})
@@ -115,14 +115,15 @@ def test_metadata_uses_gguf_keys_and_transformers_defaults() -> None:
 def test_program_of_a_layer() -> None:
     program = LLAMA.program(LLAMA.metadata(SMALL | {"attention_bias": True, "tie_word_embeddings": True}))
     kinds = [type(op).__name__ for op in program.ops]
-    layer = "Norm Linear Linear Linear Rope Rope Attention Linear Add Norm Linear Linear Gated Linear Add".split()
+    attend = ["Norm", "Linear", "Linear", "Linear", "Rope", "Rope", "Attention", "Linear", "Add"]
+    layer = [*attend, "Norm", "Linear", "Linear", "Gated", "Linear", "Add"]
     assert kinds == ["Embed", *layer, *layer, "Norm", "Logits"]
     embed, logits = program.ops[0], program.ops[-1]
     assert isinstance(embed, Embed)
     assert isinstance(logits, Logits)
     assert (logits.weight, logits.target) == (embed.weight, "output")
-    q, gate = (op for op in program.ops if isinstance(op, Linear) and op.target in ("blk.0.attn_q", "blk.0.ffn_gate"))
-    assert (q.bias, gate.bias) == ("blk.0.attn_q.bias", None)
+    biases = {op.target: op.bias for op in program.ops if isinstance(op, Linear)}
+    assert (biases["blk.0.attn_q"], biases["blk.0.ffn_gate"]) == ("blk.0.attn_q.bias", None)
     attention = [op for op in program.ops if isinstance(op, Attention)]
     assert [op.layer for op in attention] == [0, 1]
     assert (attention[0].heads, attention[0].kv_heads, attention[0].scale) == (8, 4, 8**-0.5)
@@ -139,7 +140,10 @@ def test_program_of_a_layer() -> None:
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu'"),
         ({"model_type": "mistral"}, "model_type is 'mistral', expected 'llama'"),
         ({"pretraining_tp": 2}, "pretraining_tp is 2, expected 1"),
-        ({"sliding_window": 4096}, "option 'sliding_window' is 4096, which the llama architecture does not know"),
+        (
+            {"sliding_window": 4096},
+            "option 'sliding_window' is 4096, which the llama architecture does not know",
+        ),
         ({"logit_scale": 0.5, "qk_norm": True}, "option 'logit_scale' is 0.5 (and 1 more)"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": 32}}, "rope_type is 'yarn'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
@@ -150,7 +154,10 @@ def test_program_of_a_layer() -> None:
         ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "high_freq_factor is 4.0, expected more than"),
         ({"rope_scaling": LLAMA3 | {"low_freq_factor": None}}, "low_freq_factor is missing"),
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear', expected an object"),
-        ({"rope_parameters": {"rope_theta": 1e6}, "rope_theta": 1e4}, "rope_theta is both 1000000.0 and 10000.0"),
+        (
+            {"rope_parameters": {"rope_theta": 1e6}, "rope_theta": 1e4},
+            "rope_theta is both 1000000.0 and 10000.0",
+        ),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5, expected 1"),
         ({"partial_rotary_factor": 0.25}, "partial_rotary_factor is 0.25, expected 1"),
         ({"rope_theta": float("nan")}, "rope_theta is nan, expected a number from 1"),

@@ -16,7 +16,8 @@ from adaptrt.adapters.problems import Problems, brief
 Rule = Callable[[Any], str | None]
 
 PATTERN_LENGTH = 512
-PATTERN_REPEATS = 3  # unbounded repetitions in one pattern; more could take for ever to match
+PATH_LENGTH = 60  # characters of a module path, about: what one repetition may try
+MATCH_BUDGET = 1 << 20  # steps that matching one path may take, about, for all patterns of a table together
 
 
 def any_value(value: object) -> str | None:
@@ -61,6 +62,8 @@ def patterns(rule: Rule) -> Rule:
             problem = _pattern_problem(pattern) or rule(item)
             if problem:
                 return f"{brief(pattern)}: {brief(item)}: {problem}"
+        if sum(map(_match_cost, value)) > MATCH_BUDGET:
+            return "these patterns could take too long to match"
         return None
 
     return check
@@ -80,17 +83,23 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 def _pattern_problem(pattern: str) -> str | None:
-    """Why a pattern is not used: repeated groups can take exponential time, many repetitions polynomial."""
+    """Why a pattern is not used. A repeated group can take time exponential in the path's length."""
     if len(pattern) > PATTERN_LENGTH:
         return f"pattern of {len(pattern)} characters, expected at most {PATTERN_LENGTH}"
-    repeats = len(re.findall(r"(?<!\\)[*+{]", pattern))
-    if repeats > PATTERN_REPEATS or re.search(r"\)[*+{]", pattern):
-        return f"pattern repeats a group or repeats more than {PATTERN_REPEATS} times"
+    if re.search(r"\)[*+{]", pattern):
+        return "pattern repeats a group"
     try:
         _compiled(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         return f"not a regular expression ({error})"
     return None
+
+
+def _match_cost(pattern: str) -> int:
+    """An upper estimate of the steps that backtracking can take: repetitions and choices multiply."""
+    repeats = len(re.findall(r"(?<!\\)[*+{]", pattern))
+    choices = len(re.findall(r"(?<![\\(])[?|]", pattern))
+    return int(PATH_LENGTH**repeats * 2**choices)
 
 
 def bias(value: object) -> str | None:

@@ -32,7 +32,7 @@ class Problems:
             raise AdapterError(f"{what}: {'; '.join(shown)}")
 
 
-def brief(value: object, limit: int = 60) -> str:
+def brief(value: object, limit: int = 120) -> str:
     """A value from a file as JSON-like text of bounded length on one line."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[: limit - 1]}…"

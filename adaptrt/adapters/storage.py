@@ -113,11 +113,16 @@ def check_base(adapter: Adapter, base: BaseView) -> None:
     same = (base.fingerprint, base.architecture)
     if not record or (record["fingerprint"], record["architecture"]) == same:
         return
+    theirs = _base_line(record["name"], record["architecture"], record["fingerprint"])
+    ours = _base_line(base.name, base.architecture, base.fingerprint)
     raise BaseMismatchError(
-        f"adapter {adapter.name!r} belongs to another base, {brief(record['name'])} "
-        f"({record['architecture']}, {record['fingerprint'][:DIGEST_DIGITS]}): this one, {brief(base.name)} ({base.architecture}, "
-        f"{base.fingerprint[:DIGEST_DIGITS]}), {_difference(record['tensors'], base.tensors)}"
+        f"adapter {adapter.name!r} belongs to another base, {theirs}: "
+        f"this one, {ours}, {_difference(record['tensors'], base.tensors)}"
     )
+
+
+def _base_line(name: str, architecture: str, fingerprint: str) -> str:
+    return f"{brief(name)} ({architecture}, {fingerprint[:DIGEST_DIGITS]})"
 
 
 def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:

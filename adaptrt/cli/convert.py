@@ -8,9 +8,8 @@ from typing import Any, get_args
 import click
 
 from adaptrt.adapters.storage import PREFIX, list_adapters, read_adapter
-from adaptrt.cli.notes import Progress, note
+from adaptrt.cli.notes import Progress, note, show_adapter_notes
 from adaptrt.cli.options import PATH, check_new, grouped
-from adaptrt.cli.store import show_notes
 from adaptrt.convert.base import ConvertOptions, Importer, WeightDtype
 from adaptrt.errors import ConvertError
 from adaptrt.format import open_file
@@ -48,7 +47,7 @@ def command(src: Path, out: Path, options: dict[str, Any], force: bool) -> None:
         importer.convert(src, out, everything, progress)
     with open_file(out) as file:
         for name in list_adapters(file):
-            show_notes(read_adapter(file, PREFIX + name))
+            show_adapter_notes(read_adapter(file, PREFIX + name))
     note(f"wrote {out}, {out.stat().st_size / 1e6:.1f} MB")
 
 

@@ -34,7 +34,8 @@ def command(
 ) -> None:
     """Print the perplexity of MODEL over a text, cut into windows that are scored one by one."""
     words = read_text(text)
-    with loading.open(model, adapters) as (loaded, stack):
+    with loading.open(model) as (loaded, attached):
+        stack = attached.stack(adapters)
         note(f"{model}: {loaded.describe()}")
         started = time.perf_counter()
         with Progress(f"scoring {text}") as progress:

@@ -13,6 +13,7 @@ from adaptrt.cli.options import as_json, model_path
 from adaptrt.format import File, open_file
 
 LONGEST_VALUE = 100  # characters of a metadata value that are shown
+FINGERPRINT_DIGITS = 16  # shown where a whole one would fill the line
 
 
 @click.command()
@@ -71,7 +72,8 @@ def describe_adapter(file: File, name: str) -> dict[str, Any]:
         "name": name,
         "variant": adapter.variant,
         "stored_bytes": file.sections[section].stored_bytes,
-        "base": dict(adapter.base),
+        "base": {key: value for key, value in adapter.base.items() if key != "tensors"},
+        "notes": list(adapter.notes),
         "targets": [{"target": target.target, **target.params} for target in adapter.targets],
     }
 
@@ -101,18 +103,18 @@ def _lines(content: dict[str, Any]) -> list[str]:
 def adapter_line(adapter: dict[str, Any]) -> str:
     """A stored adapter in one line: method, size, parameters and targets, the layers of each counted."""
     params: dict[str, set[Any]] = {}
+    kinds: Counter[str] = Counter()
     for target in adapter["targets"]:
+        kinds[target["target"].rpartition(".")[2]] += 1
         for key, value in target.items():
-            params.setdefault(key, set()).add(value)
-    kinds = Counter(target.rpartition(".")[2] for target in params.pop("target", ()))
-    values = [f"{key} {' '.join(sorted(map(_plain, found)))}" for key, found in params.items()]
-    parts = [
-        adapter["variant"],
-        _size(adapter["stored_bytes"]),
-        *values,
-        "targets " + ", ".join(f"{kind} ×{count}" for kind, count in kinds.items()),
-    ]
-    return f"{adapter['name']}: {'; '.join(parts)}"
+            if key != "target":
+                params.setdefault(key, set()).add(value)
+    parts = [adapter["variant"], _size(adapter["stored_bytes"])]
+    parts += [f"{key} {' '.join(sorted(map(_plain, found)))}" for key, found in params.items()]
+    parts.append("targets " + ", ".join(f"{kind} ×{count}" for kind, count in kinds.items()))
+    if adapter["base"]:
+        parts.append(f"base {adapter['base']['name']} {adapter['base']['fingerprint'][:FINGERPRINT_DIGITS]}")
+    return f"{adapter['name']}: {'; '.join([*parts, *adapter['notes']])}"
 
 
 def _plain(value: Any) -> str:

@@ -6,8 +6,12 @@ import logging
 import sys
 import time
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from adaptrt.adapters.variant import Adapter
 
 BAR_WIDTH = 30
 REDRAW_SECONDS = 0.1
@@ -16,6 +20,12 @@ REDRAW_SECONDS = 0.1
 def note(message: str) -> None:
     """One line on stderr."""
     click.echo(f"adaptrt: {message}", err=True)
+
+
+def show_adapter_notes(adapter: Adapter) -> None:
+    """What a user should know about an adapter."""
+    for line in adapter.notes:
+        note(f"adapter {adapter.name}: {line}")
 
 
 class _Warnings(logging.Handler):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from adaptrt.cli.notes import show_adapter_notes
 from adaptrt.engine.request import Sampling
 from adaptrt.errors import AdapterError, AdaptrtError
 
@@ -121,13 +122,12 @@ class Loading:
     precision: str
 
     @contextmanager
-    def open(self, path: str, adapters: Sequence[AdapterChoice] = ()) -> Iterator[tuple[Model, Stack]]:
-        """Load the model and its adapters, and close it at the end of the block."""
+    def open(self, path: str) -> Iterator[tuple[Model, Attached]]:
+        """Load the model, ready to take adapters, and close it at the end of the block."""
         from adaptrt.api import load
 
         with load(path, self.backend, self.threads, self.precision) as model:  # type: ignore[arg-type]
-            stack = Attached(model).stack(adapters)
-            yield model, stack
+            yield model, Attached(model)
 
 
 class Attached:
@@ -143,8 +143,8 @@ class Attached:
 
     def _name(self, source: str) -> str:
         if source not in self._names:
-            known = source in self._model.adapters
-            self._names[source] = source if known else self._model.load_adapter(source)
+            self._names[source] = self._model.load_adapter(source)
+            show_adapter_notes(self._model.adapters[self._names[source]])
         return self._names[source]
 
 

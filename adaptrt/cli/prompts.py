@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adaptrt.cli.options import AdapterChoice, Attached, Stack, parse_adapter, read_text
-from adaptrt.engine.request import Request, Sampling
+from adaptrt.engine.request import Chunk, Request, Sampling
 from adaptrt.errors import AdaptrtError, RequestError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def _task(entry: Any, adapters: Sequence[AdapterChoice], sampling: Sampling) -> 
         if key not in KEYS:
             raise RequestError(f"unknown key {key!r}, expected one of {', '.join(KEYS)}")
     prompt = entry.get("prompt")
-    if not isinstance(prompt, str):
+    if not isinstance(prompt, str) or not prompt:
         raise RequestError(f"prompt: found {prompt!r}, expected text")
     overrides = {key: entry[key] for key in SAMPLING if key in entry}
     chosen = _adapters(entry["adapters"]) if "adapters" in entry else adapters
@@ -77,9 +77,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def run_prompts(model: Model, tasks: Sequence[Task]) -> None:
+def run_prompts(model: Model, attached: Attached, tasks: Sequence[Task]) -> None:
     """Print one JSON line for each task as it finishes; exit with 1 at the end if any could not be run."""
-    attached = Attached(model)
     stacks: dict[int, Stack] = {}
     failed = False
     for index, task in enumerate(tasks):
@@ -97,21 +96,23 @@ def run_prompts(model: Model, tasks: Sequence[Task]) -> None:
             continue
         index = indices[chunk.index]
         failed = failed or chunk.error is not None
-        _print(
-            {"index": index, "error": chunk.error}
-            if chunk.error is not None
-            else {
-                "index": index,
-                "prompt": tasks[index].prompt,
-                "text": texts[chunk.index],
-                "finish_reason": chunk.finish_reason,
-                "prompt_tokens": chunk.n_prompt_tokens,
-                "tokens": chunk.n_tokens,
-                "adapters": stacks[index],
-            }
-        )
+        _print(_line(index, chunk, texts[chunk.index], requests[chunk.index]))
     if failed:
         click.get_current_context().exit(1)
+
+
+def _line(index: int, last: Chunk, text: str, request: Request) -> dict[str, Any]:
+    if last.error is not None:
+        return {"index": index, "error": last.error}
+    return {
+        "index": index,
+        "prompt": request.prompt,
+        "text": text,
+        "finish_reason": last.finish_reason,
+        "prompt_tokens": last.n_prompt_tokens,
+        "tokens": last.n_tokens,
+        "adapters": request.adapters,
+    }
 
 
 def _print(line: dict[str, Any]) -> None:

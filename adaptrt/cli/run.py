@@ -34,6 +34,8 @@ from adaptrt.engine.request import Chunk, Sampling
 if TYPE_CHECKING:
     from adaptrt.api import Model
 
+NO_PROMPT = "there is no prompt: give -p TEXT, -f FILE or text on standard input"
+
 
 @dataclass(frozen=True)
 class Input:
@@ -53,12 +55,15 @@ class Input:
 
     def given(self) -> str | None:
         """The prompt of -p, -f or piped standard input, if any; one final newline is dropped."""
-        if self.prompt is not None:
-            return self.prompt
-        if self.prompt_file is not None:
-            return read_text(self.prompt_file).removesuffix("\n")
-        if self.chat or sys.stdin.isatty():
+        if self.prompts is not None:
             return None
+        text = self.prompt
+        if self.prompt_file is not None:
+            text = read_text(self.prompt_file).removesuffix("\n")
+        if text == "":
+            raise click.UsageError("the prompt is empty")
+        if text is not None or self.chat or sys.stdin.isatty():
+            return text
         return decode(sys.stdin.buffer.read(), "standard input").removesuffix("\n") or None
 
 
@@ -97,22 +102,28 @@ def command(
     otherwise.
     """
     tasks = read_prompts(source.prompts, adapters, sampling) if source.prompts else []
-    prompt = None if source.prompts else source.given()
+    prompt = source.given()
+    chatting = source.chat or (prompt is None and not tasks and model != "demo" and sys.stdin.isatty())
+    if chatting and as_json:
+        raise click.UsageError("--json does not go with a chat")
+    if source.system is not None and not chatting:
+        raise click.UsageError("--system goes with a chat only")
+    if prompt is None and not tasks and not chatting and model != "demo":
+        raise click.UsageError(NO_PROMPT)
     started = time.perf_counter()
-    with loading.open(model, adapters) as (loaded, stack):
+    with loading.open(model) as (loaded, attached):
+        stack = attached.stack(adapters)
         load_seconds = time.perf_counter() - started
         note(f"{model}: {loaded.describe()}, loaded in {1000 * load_seconds:.0f} ms")
-        if source.prompts:
-            run_prompts(loaded, tasks)
-            return
-        if prompt is None and model == "demo" and not source.chat:
-            prompt = loaded.metadata.get("general.sample_prompt")
-        if source.chat or (prompt is None and sys.stdin.isatty()):
+        if tasks:
+            run_prompts(loaded, attached, tasks)
+        elif chatting:
             Chat(loaded, stack, sampling, source.system).loop(first=prompt)
-            return
-        if prompt is None:
-            raise click.UsageError("there is no prompt: give -p TEXT, -f FILE or text on standard input")
-        answer(loaded, prompt, stack, replace(sampling, seed=_seed(sampling)), as_json, load_seconds)
+        else:
+            prompt = prompt or loaded.metadata.get("general.sample_prompt")  # the demo brings its own
+            if prompt is None:
+                raise click.UsageError(NO_PROMPT)
+            answer(loaded, prompt, stack, replace(sampling, seed=_seed(sampling)), as_json, load_seconds)
 
 
 def _seed(sampling: Sampling) -> int:

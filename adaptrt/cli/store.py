@@ -14,8 +14,7 @@ from adaptrt.adapters.storage import (
     read_adapter,
     write_adapter,
 )
-from adaptrt.adapters.variant import Adapter
-from adaptrt.cli.notes import note
+from adaptrt.cli.notes import show_adapter_notes
 from adaptrt.convert.peft import import_peft
 from adaptrt.errors import AdapterError
 from adaptrt.format import Appender, Writer, open_file
@@ -31,7 +30,7 @@ def store_adapter(
     """
     if source.is_dir():
         adapter = import_peft(source, registry.variants, base, name)
-        show_notes(adapter)
+        show_adapter_notes(adapter)
         write_adapter(writer, replace(adapter, base=base.record()))
         return adapter.name
     with open_file(source) as file:
@@ -43,9 +42,3 @@ def store_adapter(
         check_name(stored)
         writer.copy_section(file, PREFIX + names[0], PREFIX + stored)
     return stored
-
-
-def show_notes(adapter: Adapter) -> None:
-    """Say on stderr what a user should know about an adapter."""
-    for line in adapter.notes:
-        note(f"adapter {adapter.name}: {line}")

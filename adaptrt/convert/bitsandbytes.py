@@ -6,7 +6,7 @@ The keys behind a weight are the suffixes below, as bitsandbytes' QuantState.as_
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import isfinite, prod
+from math import prod
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +20,7 @@ from adaptrt.tensor import BLOCK, NESTED_BLOCK, Nf4Layout, Tensor
 
 STATE = ".quant_state.bitsandbytes__nf4"
 SUFFIXES = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", STATE)
+STATE_LIMIT = 1 << 16  # bytes of its JSON; real ones have about 200
 COMPUTE_DTYPES = ("float32", "float16", "bfloat16")  # what bitsandbytes casts to; we keep float32
 
 
@@ -35,7 +36,7 @@ def check_config(quantization: Mapping[str, Any]) -> None:
     method = quantization.get("quant_method", "bitsandbytes" if "load_in_4bit" in quantization else None)
     if method != "bitsandbytes":
         raise ConvertError(
-            f"config.json: quantization_config has quant_method {method!r}, expected bitsandbytes"
+            f"config.json: quantization_config has quant_method {shown(method)}, expected bitsandbytes"
         )
     for key, expected in (
         ("load_in_4bit", True),
@@ -46,7 +47,9 @@ def check_config(quantization: Mapping[str, Any]) -> None:
     ):
         found = quantization.get(key, expected)
         if found != expected:
-            raise ConvertError(f"config.json: quantization_config has {key} {found!r}, expected {expected!r}")
+            raise ConvertError(
+                f"config.json: quantization_config has {key} {shown(found)}, expected {expected!r}"
+            )
 
 
 def is_packed(checkpoint: Checkpoint, spec: TensorSpec) -> bool:
@@ -62,11 +65,11 @@ def write_packed(checkpoint: Checkpoint, spec: TensorSpec, out: Output) -> None:
     _check_map(checkpoint, f"{name}.nested_quant_map", DYNAMIC_MAP)
     nested = _part(checkpoint, f"{name}.nested_absmax", "f32", (layout.nested_blocks,)).data
     if not np.isfinite(nested.view(np.float32)).all():
-        raise ConvertError(f"tensor {shown(name + '.nested_absmax')} has a value that is not finite")
+        raise ConvertError(f"{_where(checkpoint, name + '.nested_absmax')} has a value that is not finite")
     out.write(_part(checkpoint, name, "u8", (layout.code_bytes, 1)).data)
-    out.write(bytes(layout.absmax_offset - layout.code_bytes))
+    out.write(np.zeros(layout.absmax_offset - layout.code_bytes, np.uint8))
     out.write(_part(checkpoint, f"{name}.absmax", "u8", (layout.blocks,)).data)
-    out.write(bytes(layout.nested_offset - layout.absmax_offset - layout.blocks))
+    out.write(np.zeros(layout.nested_offset - layout.absmax_offset - layout.blocks, np.uint8))
     out.write(nested)
     out.write(np.array([offset], "<f4"))
 
@@ -74,10 +77,10 @@ def write_packed(checkpoint: Checkpoint, spec: TensorSpec, out: Output) -> None:
 def _check_state(checkpoint: Checkpoint, spec: TensorSpec) -> float:
     """Check the packed JSON against the config's shape; returns the mean that was taken off every absmax."""
     name = f"{spec.hf_name}{STATE}"
-    dtype, _ = checkpoint.info(name)
-    if dtype != "u8":
-        raise ConvertError(f"tensor {shown(name)} is {dtype}, expected u8")
-    state = parse_object(checkpoint.tensor(name).data.tobytes(), f"tensor {shown(name)}")
+    where, (dtype, shape) = _where(checkpoint, name), checkpoint.info(name)
+    if dtype != "u8" or prod(shape) > STATE_LIMIT:
+        raise ConvertError(f"{where} is {dtype} {list(shape)}, expected at most {STATE_LIMIT} bytes of u8")
+    state = parse_object(checkpoint.tensor(name).data.tobytes(), where)
     expected: dict[str, Any] = {
         "quant_type": "nf4",
         "blocksize": BLOCK,
@@ -87,28 +90,36 @@ def _check_state(checkpoint: Checkpoint, spec: TensorSpec) -> float:
     }
     for key, value in expected.items():
         if state.get(key) != value:
-            raise ConvertError(f"tensor {shown(name)}: {key} is {state.get(key)!r}, expected {value!r}")
-    unknown = set(state) - set(expected) - {"dtype", "nested_offset"}
-    if unknown or state.get("dtype") not in COMPUTE_DTYPES:
-        raise ConvertError(
-            f"tensor {shown(name)}: dtype is {state.get('dtype')!r} and unknown keys are {sorted(unknown)}, "
-            f"expected {', '.join(COMPUTE_DTYPES)} and none"
-        )
+            raise ConvertError(f"{where}: {key} is {shown(state.get(key))}, expected {value!r}")
+    if state.get("dtype") not in COMPUTE_DTYPES:
+        names = ", ".join(COMPUTE_DTYPES)
+        raise ConvertError(f"{where}: dtype is {shown(state.get('dtype'))}, expected one of {names}")
+    unknown = sorted(set(state) - set(expected) - {"dtype", "nested_offset"})
+    if unknown:
+        raise ConvertError(f"{where} has a key {shown(unknown[0])}, which NF4 does not have")
     offset: object = state.get("nested_offset")
-    if type(offset) is not float or not isfinite(offset) or float(np.float32(offset)) != offset:
-        raise ConvertError(f"tensor {shown(name)}: nested_offset is {offset!r}, expected a float32 number")
+    if type(offset) is not float or not _is_float32(offset):
+        raise ConvertError(f"{where}: nested_offset is {shown(offset)}, expected a float32 number")
     return offset
+
+
+def _is_float32(value: float) -> bool:
+    return abs(value) <= float(np.finfo(np.float32).max) and float(np.float32(value)) == value
 
 
 def _check_map(checkpoint: Checkpoint, name: str, table: np.ndarray[Any, np.dtype[np.float32]]) -> None:
     if not np.array_equal(_part(checkpoint, name, "f32", table.shape).data, table.view(np.uint8)):
-        raise ConvertError(f"tensor {shown(name)} is not the standard table of {table.size} values")
+        raise ConvertError(f"{_where(checkpoint, name)} is not the standard table of {table.size} values")
 
 
 def _part(checkpoint: Checkpoint, name: str, dtype: str, shape: tuple[int, ...]) -> Tensor:
     found = checkpoint.info(name)
     if found != (dtype, shape):
         raise ConvertError(
-            f"tensor {shown(name)} is {found[0]} {list(found[1])}, expected {dtype} {list(shape)}"
+            f"{_where(checkpoint, name)} is {found[0]} {list(found[1])}, expected {dtype} {list(shape)}"
         )
     return checkpoint.tensor(name)
+
+
+def _where(checkpoint: Checkpoint, name: str) -> str:
+    return f"{checkpoint.folder}: tensor {shown(name)}"

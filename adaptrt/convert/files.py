@@ -14,10 +14,10 @@ from adaptrt.errors import ConvertError
 JSON_LIMIT = 1 << 24  # bytes, for configs and templates; real ones stay under a megabyte
 
 
-def shown(name: str) -> str:
-    """A name quoted for a one-line message, however long or strange it is."""
-    text = repr(name)
-    return text if len(text) <= 120 else f"{text[:100]}… ({len(name)} characters)"
+def shown(value: object) -> str:
+    """A name or value as repr for a one-line message, however long or strange it is."""
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:100]}… ({len(text)} characters)"
 
 
 def read_exactly(file: FileIO, out: memoryview, path: Path) -> None:

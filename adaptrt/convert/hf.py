@@ -20,7 +20,7 @@ from adaptrt.backends.native_quant import best_kernels
 from adaptrt.convert import bitsandbytes
 from adaptrt.convert.base import ConvertOptions, Progress
 from adaptrt.convert.files import JSON_LIMIT, read_json, shown
-from adaptrt.convert.hf_tokenizer import TextFiles, read_text_files
+from adaptrt.convert.hf_tokenizer import read_text_files
 from adaptrt.convert.safetensors import Checkpoint
 from adaptrt.errors import ConvertError
 from adaptrt.format import Writer
@@ -58,13 +58,14 @@ class HfImporter:
         specs = architecture.tensors(metadata)
         vocab_size = next(spec.shape[0] for spec in specs if spec.role == "embedding")
         text = read_text_files(src, config, vocab_size)
-        if text.tokenizer is None:
-            log.warning("%s: no tokenizer.json, the file will take token ids but no text", src)
         with Checkpoint(src) as checkpoint:
             plan = _plan(src, checkpoint, specs, config, options)
             with Writer(out, metadata=metadata | text.metadata) as writer:
                 _write_base(writer, src, checkpoint, plan, progress)
-                _write_tokenizer(writer, text)
+                if text.tokenizer is not None:
+                    _write_tokenizer(writer, text.tokenizer)
+        if text.tokenizer is None:
+            log.warning("%s: no tokenizer.json, the file takes token ids but no text", src)
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def _architecture(
         if isinstance(names, list) and names and names[0] in architecture.hf_architectures:
             return architecture
     known = ", ".join(name for architecture in installed.values() for name in architecture.hf_architectures)
-    raise ConvertError(f"{src}: config.json has architectures {shown(str(names))}, expected one of {known}")
+    raise ConvertError(f"{src}: config.json has architectures {shown(names)}, expected one of {known}")
 
 
 def _metadata(
@@ -216,10 +217,8 @@ def _require_finite(chunk: NDArray[np.float32], done: int) -> None:
         raise NotFiniteError(done + error.index, error.value) from None
 
 
-def _write_tokenizer(writer: Writer, text: TextFiles) -> None:
+def _write_tokenizer(writer: Writer, tokenizer: bytes) -> None:
     """The tokenizer as its own section; not critical, since token ids run without it."""
-    if text.tokenizer is None:
-        return
     with writer.section("tokenizer", kind="tokenizer", critical=False, codec="zstd") as section:
-        content = np.frombuffer(text.tokenizer, np.uint8)
+        content = np.frombuffer(tokenizer, np.uint8)
         section.add("tokenizer.json", Tensor("u8", content.shape, content))

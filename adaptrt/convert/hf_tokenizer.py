@@ -78,7 +78,7 @@ def _token_text(folder: Path, key: str, *sources: Mapping[str, Any]) -> str | No
         if isinstance(value, Mapping):
             value = value.get("content")
         if value is not None and not isinstance(value, str):
-            raise ConvertError(f"{folder}: {key} is {shown(str(value))}, expected a string")
+            raise ConvertError(f"{folder}: {key} is {shown(value)}, expected a string")
         if value is not None:
             return value
     return None
@@ -93,7 +93,7 @@ def _token_ids(
     ids = [item for item in ids if item is not None and item != -1]
     for item in ids:
         if type(item) is not int or not 0 <= item < vocab_size:
-            found = shown(str(item))
+            found = shown(item)
             raise ConvertError(f"{folder}: {key} is {found}, expected a token id from 0 to {vocab_size - 1}")
     return list(dict.fromkeys(ids))
 

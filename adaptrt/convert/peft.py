@@ -31,7 +31,6 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 CONFIG_LIMIT = 4 << 20  # bytes
-KEY_SHOWN = 160  # characters of a key in a message
 
 FROZEN_WEIGHT = "base_layer.weight"  # PEFT saves it when an embedding or head is targeted
 BIASES = ("base_layer.bias", "bias")  # of an adapted module, of any other
@@ -190,16 +189,14 @@ class _Content:
         for key in file.names:
             module, suffix = _split(key, base)
             if module is None and key.startswith(PEFT_PREFIX):
-                problems.add(f"{brief(key, KEY_SHOWN)} belongs to no module of the base that can be adapted")
+                problems.add(f"{brief(key)} belongs to no module of the base that can be adapted")
                 continue
             if module is None:
                 self.shared[suffix] = key
                 continue
             part = self.parts.setdefault(module, _Part(base.modules[module], {}))
             if part.keys.setdefault(suffix, key) != key:
-                problems.add(
-                    f"{brief(key, KEY_SHOWN)} and {brief(part.keys[suffix], KEY_SHOWN)} name the same tensor"
-                )
+                problems.add(f"{brief(key)} and {brief(part.keys[suffix])} name the same tensor")
         self.parts = {module: self.parts[module] for module in base.modules if module in self.parts}
 
     def load(self, key: str) -> Tensor:
@@ -290,9 +287,7 @@ def _take_targets(config: Mapping[str, Any], variant: Variant, content: _Content
         for suffix, reason in module.discarded.items():
             content.notes.append(f"{path}.{suffix} left out: {reason}")
         for suffix in sorted(part.keys.keys() - set(roles.values()) - module.discarded.keys()):
-            problems.add(
-                f"{path}.{brief(suffix, KEY_SHOWN)[1:-1]} is not understood by variant {variant.name}"
-            )
+            problems.add(f"{path}.{brief(suffix)[1:-1]} is not understood by variant {variant.name}")
         used.update(roles.values())
     for name in sorted(content.shared.keys() - used):
-        problems.add(f"{brief(name, KEY_SHOWN)} is not understood by variant {variant.name}")
+        problems.add(f"{brief(name)} is not understood by variant {variant.name}")

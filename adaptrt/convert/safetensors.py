@@ -219,7 +219,7 @@ class Checkpoint:
         for name in file.names:
             if name in self._owner:
                 both = f"{self._owner[name].path.name} and {file.path.name}"
-                raise ConvertError(f"{self.folder}: tensor {shown(name)} is in {both}, expected one of them")
+                raise ConvertError(f"{self.folder}: tensor {shown(name)} is in both {both}, expected one")
             self._owner[name] = file
 
     def _compare_with_index(self, listed: dict[str, str], index_path: Path) -> None:
@@ -268,7 +268,7 @@ def _entry(path: Path, name: str, value: object, data_start: int) -> _Entry:
         raise ConvertError(f"{where} must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise ConvertError(f"{where} has unknown dtype {shown(str(dtype))}")
+        raise ConvertError(f"{where} has unknown dtype {shown(dtype)}")
     if not _whole_numbers(shape) or len(shape) > DIMS_LIMIT:
         raise ConvertError(f"{where} has a bad shape, expected at most {DIMS_LIMIT} whole numbers up to 2^40")
     if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
@@ -310,7 +310,7 @@ def _read_index(path: Path) -> dict[str, str]:
         raise ConvertError(f"{path}: weight_map must map tensor names to shard files")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not shard.endswith(".safetensors") or not _plain_name(shard):
-            found = f"tensor {shown(name)} is in {shown(str(shard))}"
+            found = f"tensor {shown(name)} is in {shown(shard)}"
             raise ConvertError(f"{path}: {found}, expected a .safetensors file of this folder")
     return weight_map
 

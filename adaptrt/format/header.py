@@ -22,6 +22,7 @@ PAGE = 4096
 SLOT_BYTES = 64
 SLOT_OFFSETS = (64, 128)
 MAX_INDEX_BYTES = 64 << 20
+MAX_INTEGER = 1 << 63  # exclusive; generations, offsets and sizes fit a signed 64-bit integer
 RESERVED = (slice(8, 64), slice(192, PAGE))
 
 _SLOT = struct.Struct("<4Q32s")
@@ -52,6 +53,10 @@ class Slot:
         """Refuse a slot whose fields contradict each other or its place. Raises FormatError."""
         if self.generation == 0 or self.number != number:
             raise FormatError(f"generation {self.generation} does not belong there")
+        if max(self.generation, self.file_bytes) >= MAX_INTEGER:
+            raise LimitError(
+                f"generation {self.generation}, {self.file_bytes} bytes: expected less than 2^63"
+            )
         if not 0 < self.index_bytes <= MAX_INDEX_BYTES:
             raise LimitError(f"index of {self.index_bytes} bytes, expected 1 to {MAX_INDEX_BYTES}")
         if self.index_offset < PAGE or self.index_offset % PAGE:

@@ -12,7 +12,7 @@ from typing import Any
 from adaptrt.errors import ChecksumError, FormatError, LimitError, TruncatedError
 from adaptrt.format import canonical
 from adaptrt.format.codec import FRAME_BYTES, MAX_RATIO, PLANES
-from adaptrt.format.header import PAGE
+from adaptrt.format.header import MAX_INTEGER, PAGE
 from adaptrt.tensor import align, tensor_nbytes
 
 KINDS = ("base", "tokenizer", "adapter")
@@ -22,7 +22,6 @@ MAX_DIM = 1 << 40  # exclusive
 MAX_SECTIONS = 1 << 16
 MAX_TENSORS = 1 << 20  # of all sections together
 MAX_DEAD = 1 << 20
-MAX_BYTES = 1 << 63  # exclusive; every offset and size fits a signed 64-bit integer
 
 _DIGEST = re.compile("[0-9a-f]{64}")
 _INDEX: Mapping[str, type] = {"dead": list, "metadata": dict, "sections": list}
@@ -195,13 +194,13 @@ def check_tensor(entry: TensorEntry, what: str) -> None:
         raise LimitError(f"{what} has {len(entry.shape)} dimensions, expected {MAX_DIMS} at most")
     if any(type(dim) is not int or not 0 <= dim < MAX_DIM for dim in entry.shape):
         raise LimitError(f"{what} has a dimension that is no integer from 0 to {MAX_DIM - 1}")
-    if prod(entry.shape) >= MAX_BYTES:
+    if prod(entry.shape) >= MAX_INTEGER:
         raise LimitError(f"{what} has 2^63 elements or more")
     try:
         nbytes = entry.nbytes
     except ValueError as error:
         raise FormatError(f"{what}: {error}") from error
-    if nbytes >= MAX_BYTES:
+    if nbytes >= MAX_INTEGER:
         raise LimitError(f"{what} has 2^63 bytes or more")
 
 
@@ -212,7 +211,7 @@ def _fields(value: Any, types: Mapping[str, type], what: str) -> dict[str, Any]:
     for key, expected in types.items():
         if type(value[key]) is not expected:
             raise FormatError(f"{what}: {key} is {type(value[key]).__name__}, expected {expected.__name__}")
-        if expected is int and not 0 <= value[key] < MAX_BYTES:
+        if expected is int and not 0 <= value[key] < MAX_INTEGER:
             raise LimitError(f"{what}: {key} is {value[key]}, expected 0 to 2^63 - 1")
     return value
 
@@ -270,7 +269,7 @@ def _check_frames(fields: dict[str, Any], what: str) -> tuple[int, ...]:
         raise FormatError(f"{what}: planes is {fields['planes']}, expected 1, 2 or 4")
     if fields["stored_crc32"] >= 1 << 32:
         raise LimitError(f"{what}: stored_crc32 is {fields['stored_crc32']}, expected 32 bits")
-    if any(type(size) is not int or not 0 < size < MAX_BYTES for size in frames) or sum(frames) != stored:
+    if any(type(size) is not int or not 0 < size < MAX_INTEGER for size in frames) or sum(frames) != stored:
         raise FormatError(f"{what}: frame sizes do not add up to stored_bytes {stored}")
     if len(frames) != -(-nbytes // FRAME_BYTES):
         raise FormatError(f"{what}: {len(frames)} frames, expected one for each MiB of {nbytes} bytes")

@@ -145,14 +145,13 @@ def _check(values: Mapping[str, Any], label: Callable[[str], str], error: type[A
     for key in (*numbers, *_FLAGS):
         if key not in values:
             raise error(f"{label(key)} is missing")
+        if key in _FLAGS and not isinstance(values[key], bool):
+            raise error(f"{label(key)} is {_brief(values[key])}, expected true or false")
+        if key in _ALL_NUMBERS:
+            _check_number(values[key], _ALL_NUMBERS[key], label(key), error)
     for key in values:
         if key not in known:
             raise error(f"{label(key)} is not a key that a llama model of this kind has")
-    for key in numbers:
-        _check_number(values[key], _ALL_NUMBERS[key], label(key), error)
-    for key in _FLAGS:
-        if not isinstance(values[key], bool):
-            raise error(f"{label(key)} is {_brief(values[key])}, expected true or false")
     _check_together(values, label, error)
 
 
@@ -179,11 +178,10 @@ def _check_together(
     if values["rope.dimension_count"] != head_dim:
         found = values["rope.dimension_count"]
         raise error(f"{label('rope.dimension_count')} is {found}, expected {head_dim}, the whole head")
-    low, high = (values.get(f"rope.scaling.{side}_freq_factor", side == "high") for side in ("low", "high"))
-    if not low < high:
+    low, high = "rope.scaling.low_freq_factor", "rope.scaling.high_freq_factor"
+    if high in values and not values[low] < values[high]:
         raise error(
-            f"{label('rope.scaling.high_freq_factor')} is {high}, expected more than "
-            f"{label('rope.scaling.low_freq_factor')}, which is {low}"
+            f"{label(high)} is {values[high]}, expected more than {label(low)}, which is {values[low]}"
         )
 
 
@@ -289,6 +287,9 @@ def _rope_options(config: Mapping[str, Any]) -> dict[str, Any]:
 def _merge(options: dict[str, Any], given: Mapping[str, Any]) -> None:
     """Add what is not null. An option given twice must agree: loaders differ in which one wins."""
     for key, value in given.items():
-        if value is not None and options.setdefault(key, value) != value:
+        if value is None:
+            continue
+        if key in options and options[key] != value:
             found = f"both {_brief(options[key])} and {_brief(value)}"
             raise ConvertError(f"config.json: {key} is {found}, expected one value")
+        options[key] = value

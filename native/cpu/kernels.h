@@ -40,8 +40,16 @@ typedef struct {
   void (*softmax)(float *scores, int64_t n, float scale, float cap); /* in place */
 } kernels;
 
-/* Whether nf4 rows of this width start on a block, as the nf4 product kernels need. */
-static inline bool nf4_rows_aligned(const matrix *m) { return m->cols % BLOCK == 0; }
+enum { SCALES_AT_ONCE = 1024 }; /* block scales that a product expands together, at least one row's */
+
+static inline int64_t blocks_of(const matrix *m) { return (m->cols + BLOCK - 1) / BLOCK; }
+
+/* Rows that no product kernel of their dtype reads: nf4 that starts inside a block, or more scales than fit. They are
+ * decoded to float32 one by one. */
+static inline bool needs_decoding(const matrix *m) {
+  bool scaled = m->dtype == ADRT_NF4 || m->dtype == ADRT_INT8;
+  return (m->dtype == ADRT_NF4 && m->cols % BLOCK) || (scaled && blocks_of(m) > SCALES_AT_ONCE);
+}
 
 extern const kernels cpu_kernels_portable;
 #if defined(__x86_64__)

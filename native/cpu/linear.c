@@ -48,8 +48,7 @@ static void shrink(const adrt_executable *e, const instruction *in, const shrink
       hidden[i * rank + r] *= t->d ? t->scale * t->d[job->row0 + r] : t->scale;
 }
 
-/* Rows of nf4 that start inside a block are decoded to float32 one by one. */
-static void product_unaligned(const instruction *in, int64_t row0, int64_t n_rows, int64_t n, float *y, int64_t stride,
+static void product_decoded(const instruction *in, int64_t row0, int64_t n_rows, int64_t n, float *y, int64_t stride,
                               float *scratch) {
   int64_t padded = cpu_align(in->weight.cols, BLOCK);
   const matrix row = {.dtype = ADRT_F32, .rows = 1, .cols = padded, .data = (const uint8_t *)scratch};
@@ -86,8 +85,8 @@ static void compute_rows(const adrt_executable *e, const instruction *in, int64_
   int64_t left = in->width - row0, n_rows = left < in->rows_per_item ? left : in->rows_per_item;
   int64_t n = tokens_of(e, in), stride = logits ? in->width : e->strides[in->op.out];
   float *y = (logits ? e->plan.batch->logits : e->registers[in->op.out]) + row0;
-  if (in->weight.dtype == ADRT_NF4 && !nf4_rows_aligned(&in->weight))
-    product_unaligned(in, row0, n_rows, n, y, stride, scratch);
+  if (needs_decoding(&in->weight))
+    product_decoded(in, row0, n_rows, n, y, stride, scratch);
   else
     in->product(&in->weight, row0, n_rows, in->x, in->x_stride, n, y, stride);
   const application *applications = applications_of(e, in);

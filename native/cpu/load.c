@@ -56,15 +56,15 @@ static void choose_product(const adrt_executable *e, instruction *in) {
   int32_t dtype = m->dtype;
   bool nf4 = dtype == ADRT_NF4;
   product_kernel *fast = e->options.precision == ADRT_FAST ? e->kernels->fast[dtype] : NULL;
-  if (fast && m->cols % (nf4 ? 2 * BLOCK : BLOCK) == 0) {
+  if (needs_decoding(m)) {
+    in->product = e->kernels->exact[ADRT_F32];
+    in->layout = X_PLAIN;
+  } else if (fast && m->cols % (nf4 ? 2 * BLOCK : BLOCK) == 0) {
     in->product = fast;
     in->layout = nf4 ? X_INT8_SPLIT : X_INT8;
-  } else if (nf4 && nf4_rows_aligned(m)) {
-    in->product = e->kernels->exact[ADRT_NF4];
-    in->layout = X_SPLIT;
-  } else { /* unaligned nf4 rows are decoded to float32 first */
-    in->product = e->kernels->exact[nf4 ? ADRT_F32 : dtype];
-    in->layout = X_PLAIN;
+  } else {
+    in->product = e->kernels->exact[dtype];
+    in->layout = nf4 ? X_SPLIT : X_PLAIN;
   }
 }
 

@@ -17,7 +17,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-enum { BLOCK_VECS = BLOCK / LANES, PANEL_VECS = PANEL / LANES, SCALES_AT_ONCE = 256, PREFETCH_BYTES = 4096 };
+enum { BLOCK_VECS = BLOCK / LANES, PANEL_VECS = PANEL / LANES, PREFETCH_BYTES = 4096 };
 
 INLINE bool is_scaled(int dtype) { return dtype == ADRT_INT8 || dtype == ADRT_NF4; }
 
@@ -29,29 +29,40 @@ INLINE int64_t row_bytes(int dtype, int64_t cols) {
   return dtype == ADRT_F32 ? 4 * cols : dtype == ADRT_NF4 ? cols / 2 : dtype == ADRT_INT8 ? cols : 2 * cols;
 }
 
-/* Scales of the blocks [first, first + n) of a row, n <= SCALES_AT_ONCE. */
-INLINE void expand_scales(const matrix *m, int dtype, int64_t row, int64_t first, int64_t n, float *out) {
-  if (dtype == ADRT_INT8) {
-    const uint16_t *s = m->scales + row * ((m->cols + BLOCK - 1) / BLOCK) + first;
-    for (int64_t i = 0; i < n; i++) {
-      uint32_t bits = (uint32_t)s[i] << 16;
-      memcpy(out + i, &bits, 4);
-    }
-  } else if (dtype == ADRT_NF4) {
-    int64_t block = row * (m->cols / BLOCK) + first, end = block + n;
-    const uint8_t *q = m->absmax;
-    while (block < end) { /* product and sum are rounded apart, as the quantizer defines them */
-      int64_t stop = (block / NESTED_BLOCK + 1) * NESTED_BLOCK;
-      stop = stop < end ? stop : end;
-      float nested;
-      memcpy(&nested, m->nested + block / NESTED_BLOCK * 4, 4);
-      int64_t count = stop - block;
-      for (int64_t i = 0; i < count; i++) out[i] = DYNAMIC_MAP[q[block + i]];
-      for (int64_t i = 0; i < count; i++) out[i] = out[i] * nested + m->offset;
-      out += count;
-      block = stop;
-    }
+static inline void expand_int8_scales(const uint16_t *scales, int64_t n, float *out) {
+  for (int64_t i = 0; i < n; i++) {
+    uint32_t bits = (uint32_t)scales[i] << 16;
+    memcpy(out + i, &bits, 4);
   }
+}
+
+static inline void expand_absmax(const matrix *m, int64_t block, int64_t n, float *out) {
+  for (int64_t i = 0; i < n; i++) {
+    uint32_t code = m->absmax[block + i];
+    __asm__("" : "+r"(code)); /* a vectorized lookup is several times slower than these loads */
+    out[i] = DYNAMIC_MAP[code];
+  }
+  for (int64_t i = 0, stop; i < n; i = stop) { /* product and sum are rounded apart, as the quantizer defines them */
+    float nested;
+    memcpy(&nested, m->nested + (block + i) / NESTED_BLOCK * 4, 4);
+    stop = ((block + i) / NESTED_BLOCK + 1) * NESTED_BLOCK - block;
+    stop = stop < n ? stop : n;
+    for (int64_t j = i; j < stop; j++) out[j] = out[j] * nested + m->offset;
+  }
+}
+
+/* Scales [rows][blocks of a row] of consecutive rows, at most SCALES_AT_ONCE; one pass for many rows, since each
+ * costs a stall between the stores of the lookup and the loads after it. */
+static inline void expand_scales(const matrix *m, int dtype, int64_t row, int64_t rows, float *out) {
+  int64_t blocks = blocks_of(m);
+  if (dtype == ADRT_INT8) expand_int8_scales(m->scales + row * blocks, rows * blocks, out);
+  if (dtype == ADRT_NF4) expand_absmax(m, row * blocks, rows * blocks, out);
+}
+
+/* How many of `n_rows` rows have their scales expanded together. */
+static inline int64_t rows_at_once(const matrix *m, int dtype, int64_t n_rows) {
+  int64_t rows = is_scaled(dtype) ? SCALES_AT_ONCE / blocks_of(m) : n_rows;
+  return rows < n_rows ? rows : n_rows;
 }
 
 /* One 64-weight block of `rows` rows against `tokens` tokens. */
@@ -91,46 +102,51 @@ INLINE void add_tail(const matrix *m, int dtype, int rows, int tokens, const uin
   add_block(dtype, rows, tokens, block, scale, x, x_stride, acc);
 }
 
-INLINE void product_tile(const matrix *m, int dtype, int rows, int tokens, int64_t row, const float *x,
-                         int64_t x_stride, float *y, int64_t y_stride) {
+/* `scales` are those of `row` and the rows after it, [rows][blocks]. */
+INLINE void product_tile(const matrix *m, int dtype, int rows, int tokens, int64_t row, const float *scales,
+                         const float *x, int64_t x_stride, float *y, int64_t y_stride) {
   vec acc[TILE_ROWS][4];
-  float scales[TILE_ROWS][SCALES_AT_ONCE];
   const uint8_t *block[TILE_ROWS];
   float scale[TILE_ROWS] = {0};
-  int64_t whole = m->cols / BLOCK, blocks = (m->cols + BLOCK - 1) / BLOCK;
+  int64_t whole = m->cols / BLOCK, blocks = blocks_of(m);
   for (int r = 0; r < rows; r++) {
     block[r] = m->data + (row + r) * row_bytes(dtype, m->cols);
     for (int t = 0; t < tokens; t++) acc[r][t] = v_zero();
   }
-  for (int64_t first = 0; first < blocks; first += SCALES_AT_ONCE) {
-    int64_t last = first + SCALES_AT_ONCE < blocks ? first + SCALES_AT_ONCE : blocks;
-    for (int r = 0; r < rows; r++) expand_scales(m, dtype, row + r, first, last - first, scales[r]);
-    for (int64_t b = first; b < last; b++) {
-      for (int r = 0; r < rows; r++) scale[r] = is_scaled(dtype) ? scales[r][b - first] : 0;
-      if (tokens < 4) __builtin_prefetch(block[0] + PREFETCH_BYTES);
-      if (b < whole) add_block(dtype, rows, tokens, block, scale, x + b * BLOCK, x_stride, acc);
-      else add_tail(m, dtype, rows, tokens, block, scale, x + b * BLOCK, x_stride, acc);
-      for (int r = 0; r < rows; r++) block[r] += block_bytes(dtype);
-    }
+  for (int64_t b = 0; b < blocks; b++) {
+    for (int r = 0; r < rows; r++) scale[r] = is_scaled(dtype) ? scales[r * blocks + b] : 0;
+    if (tokens < 4) __builtin_prefetch(block[0] + PREFETCH_BYTES);
+    if (b < whole) add_block(dtype, rows, tokens, block, scale, x + b * BLOCK, x_stride, acc);
+    else add_tail(m, dtype, rows, tokens, block, scale, x + b * BLOCK, x_stride, acc);
+    for (int r = 0; r < rows; r++) block[r] += block_bytes(dtype);
   }
   for (int r = 0; r < rows; r++)
     for (int t = 0; t < tokens; t++) y[t * y_stride + r] = v_sum(acc[r][t]);
 }
 
+INLINE void product_rows(const matrix *m, int dtype, int tokens, int64_t row0, int64_t n_rows, const float *scales,
+                         const float *x, int64_t x_stride, float *y, int64_t y_stride) {
+  int64_t r = 0, blocks = is_scaled(dtype) ? blocks_of(m) : 0;
+  for (; tokens == 4 && r + TILE_ROWS <= n_rows; r += TILE_ROWS)
+    product_tile(m, dtype, TILE_ROWS, 4, row0 + r, scales + r * blocks, x, x_stride, y + r, y_stride);
+  for (; r < n_rows; r++)
+    product_tile(m, dtype, 1, tokens, row0 + r, scales + r * blocks, x, x_stride, y + r, y_stride);
+}
+
 INLINE void product(const matrix *m, int dtype, int64_t row0, int64_t n_rows, const float *x, int64_t x_stride,
                     int64_t n_tokens, float *y, int64_t y_stride) {
-  for (; n_tokens >= 4; n_tokens -= 4, x += 4 * x_stride, y += 4 * y_stride) {
-    int64_t r = 0;
-    for (; r + TILE_ROWS <= n_rows; r += TILE_ROWS)
-      product_tile(m, dtype, TILE_ROWS, 4, row0 + r, x, x_stride, y + r, y_stride);
-    for (; TILE_ROWS > 1 && r < n_rows; r++) product_tile(m, dtype, 1, 4, row0 + r, x, x_stride, y + r, y_stride);
+  float scales[SCALES_AT_ONCE];
+  int64_t at_once = rows_at_once(m, dtype, n_rows);
+  for (int64_t r = 0; r < n_rows; r += at_once) {
+    int64_t rows = n_rows - r < at_once ? n_rows - r : at_once, t = 0;
+    expand_scales(m, dtype, row0 + r, rows, scales);
+    for (; t + 4 <= n_tokens; t += 4)
+      product_rows(m, dtype, 4, row0 + r, rows, scales, x + t * x_stride, x_stride, y + t * y_stride + r, y_stride);
+    for (; t + 2 <= n_tokens; t += 2)
+      product_rows(m, dtype, 2, row0 + r, rows, scales, x + t * x_stride, x_stride, y + t * y_stride + r, y_stride);
+    if (t < n_tokens)
+      product_rows(m, dtype, 1, row0 + r, rows, scales, x + t * x_stride, x_stride, y + t * y_stride + r, y_stride);
   }
-  if (n_tokens >= 2) {
-    for (int64_t r = 0; r < n_rows; r++) product_tile(m, dtype, 1, 2, row0 + r, x, x_stride, y + r, y_stride);
-    n_tokens -= 2, x += 2 * x_stride, y += 2 * y_stride;
-  }
-  if (n_tokens == 1)
-    for (int64_t r = 0; r < n_rows; r++) product_tile(m, dtype, 1, 1, row0 + r, x, x_stride, y + r, y_stride);
 }
 
 #define DEFINE_PRODUCT(name, dtype)                                                                              \

@@ -22,9 +22,13 @@ def random(seed: int, *shape: int, scale: float = 1.0) -> Floats:
     return (np.random.default_rng(seed).standard_normal(shape) * scale).astype(np.float32)
 
 
-def relative_error(found: Floats, expected: Floats) -> float:
-    """Largest error over the tokens, each relative to the token's norm."""
-    return float(np.max(np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)))
+def relative_error(found: Floats, expected: Floats, size: float = 0.0) -> float:
+    """Largest error over the tokens, each relative to the token's norm.
+
+    `size` is what a value typically is: a floor under the norm, since a few values may cancel by chance.
+    """
+    norm = np.maximum(np.linalg.norm(expected, axis=-1), size * expected.shape[-1] ** 0.5)
+    return float(np.max(np.linalg.norm(found - expected, axis=-1) / norm))
 
 
 @dataclass
