@@ -13,9 +13,9 @@ from typing import Any, Literal, cast, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptrt.adapters.base import BaseView
+from adaptrt.adapters.base import open_base
 from adaptrt.adapters.stack import lower
-from adaptrt.adapters.storage import check_base, list_adapters, read_adapter
+from adaptrt.adapters.storage import PREFIX, check_base, list_adapters, only_adapter, read_adapter
 from adaptrt.adapters.variant import Adapter
 from adaptrt.backends.base import Backend, LoadOptions, Precision
 from adaptrt.convert.peft import import_peft
@@ -34,7 +34,6 @@ from adaptrt.errors import (
     UnknownAdapterError,
 )
 from adaptrt.format import File, open_file
-from adaptrt.model.architecture import Architecture
 from adaptrt.plugins import Registry, load_registry
 
 __all__ = ["Chunk", "Model", "Request", "Sampling", "load"]
@@ -59,7 +58,10 @@ def load(
     """
     if threads is not None and not 1 <= threads <= 1024:
         raise RequestError(f"threads: found {threads}, expected 1 to 1024")
-    for name, value, known in (("precision", precision, ("exact", "fast")), ("kv_dtype", kv_dtype, ("f16", "f32"))):
+    for name, value, known in (
+        ("precision", precision, ("exact", "fast")),
+        ("kv_dtype", kv_dtype, ("f16", "f32")),
+    ):
         if value not in known:
             raise RequestError(f"{name}: found {value!r}, expected {' or '.join(known)}")
     options = LoadOptions(threads=threads or 0, precision=precision, kv_dtype=kv_dtype)
@@ -81,42 +83,28 @@ def choose_backend(registry: Registry, name: str) -> Backend:
                 return backend
         raise BackendError("no backend is available")
     if name not in registry.backends:
-        raise BackendError(f"backend {name!r}: not installed; installed: {', '.join(sorted(registry.backends))}")
+        raise BackendError(
+            f"backend {name!r}: not installed; installed: {', '.join(sorted(registry.backends))}"
+        )
     reason = registry.backends[name].unavailable()
     if reason is not None:
         raise BackendError(f"backend {name!r}: unavailable: {reason}")
     return registry.backends[name]
 
 
-def find_architecture(registry: Registry, file: File) -> Architecture:
-    """The architecture a model file names. Raises ModelError for an adapter file or an unknown architecture."""
-    if "base" not in file.sections:
-        kind = file.metadata.get("general.type", "unknown")
-        raise ModelError(f"{file.path}: holds no base model (general.type is {kind!r}); expected a model file")
-    name = file.metadata.get("general.architecture")
-    if name not in registry.architectures:
-        known = ", ".join(sorted(registry.architectures))
-        raise ModelError(f"{file.path}: architecture {name!r} is not supported; installed: {known}")
-    return registry.architectures[name]
-
-
 class Model:
     """A loaded base model and its adapters. Safe to use from several threads; calls interleave step by step."""
 
     def __init__(self, file: File, registry: Registry, backend: Backend, options: LoadOptions) -> None:
-        architecture = find_architecture(registry, file)
-        program = architecture.program(file.metadata)
+        base = open_base(file, registry.architectures)
+        program = base.program
         self.metadata: Mapping[str, Any] = file.metadata
         self.context_length = program.context_length
         self.vocab_size = program.vocab_size
         self._file = file
         self._registry = registry
-        self._base = BaseView(file, architecture)
-        missing = [name for name in program.weights if name not in file.sections["base"].tensors]
-        if missing:
-            raise ModelError(f"{file.path}: tensor {missing[0]!r} is missing ({len(missing)} in all)")
-        tensors = {name: file.tensor("base", name) for name in program.weights}
-        executable = GuardedExecutable(backend.load(program, tensors, options))
+        self._base = base
+        executable = GuardedExecutable(backend.load(program, base.weights(), options))
         end_ids = frozenset(int(token) for token in file.metadata.get("tokenizer.eos_token_ids", ()))
         self._executable = executable
         self._engine = Engine(executable, self.vocab_size, self.context_length, options.page_tokens, end_ids)
@@ -185,7 +173,7 @@ class Model:
 
     def _read_adapter(self, path: str | Path) -> Adapter:
         if str(path) in self.stored_adapters:
-            return read_adapter(self._file, f"adapter/{path}")
+            return read_adapter(self._file, f"{PREFIX}{path}")
         source = Path(path)
         if source.is_dir():
             return import_peft(source, self._registry.variants, self._base)
@@ -196,10 +184,7 @@ class Model:
             )
         file = open_file(source)
         self._cleanup.callback(file.close)
-        names = list_adapters(file)
-        if len(names) != 1:
-            raise AdapterError(f"{source}: found {len(names)} adapters ({', '.join(names)}), expected one")
-        adapter = read_adapter(file, f"adapter/{names[0]}")
+        adapter = read_adapter(file, PREFIX + only_adapter(file))
         check_base(adapter, self._base)
         return adapter
 
@@ -344,11 +329,16 @@ class Model:
             return np.concatenate(list(self._engine.logits([int(token) for token in token_ids], handles)))
 
     def perplexity(
-        self, text: str, adapters: AdapterSpec = None, ctx: int | None = None, progress: Progress | None = None
+        self,
+        text: str,
+        adapters: AdapterSpec = None,
+        ctx: int | None = None,
+        progress: Progress | None = None,
     ) -> float:
-        """exp of the mean negative log-likelihood over consecutive windows of `ctx` tokens (default: min(context, 2048)).
+        """exp of the mean negative log-likelihood over consecutive windows of `ctx` tokens.
 
-        The whole text is tokenized once; each window is run alone and every token but its first is scored.
+        `ctx` is by default the context length, at most 2048. The whole text is tokenized once; each window is run
+        alone and every token but its first is scored.
         `progress` is called with (tokens done, tokens in all). Raises RequestError when nothing can be scored.
         """
         ids = self.tokenize(text)

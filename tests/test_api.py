@@ -163,7 +163,9 @@ def test_closing_and_unloading_under_a_stream(model: adaptrt.Model) -> None:
         (lambda m, f: adaptrt.load(f["base"], threads=0), RequestError, "threads"),
     ],
 )
-def test_refusals_name_the_thing(model: adaptrt.Model, files: dict[str, Path], call: object, error: type, words: str) -> None:
+def test_refusals_name_the_thing(
+    model: adaptrt.Model, files: dict[str, Path], call: object, error: type, words: str
+) -> None:
     with pytest.raises(error, match=words) as caught:
         call(model, files)
     assert "\n" not in str(caught.value)

@@ -64,7 +64,9 @@ def linear_model(rows: int, cols: int, dtype: str, bias: bool = False) -> Model:
     weight("w", rows, cols, dtype, tensors, seed=rows)
     if bias:
         tensors["b"] = from_float32(random(9, rows), "bf16")
-    return probe([Linear("out", "x", "w", "b" if bias else None, "w")], "out", {"x": cols, "out": rows}, tensors)
+    return probe(
+        [Linear("out", "x", "w", "b" if bias else None, "w")], "out", {"x": cols, "out": rows}, tensors
+    )
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -114,7 +116,9 @@ def test_operation(isa: str, name: str) -> None:
 
 
 def test_gates_at_extreme_values() -> None:
-    values = np.array([0, -0.0, 1e-30, 1e-3, 5, 30, 88, 89, 1e4, 3e38, -1e-3, -5, -30, -88, -89, -1e4], np.float32)
+    values = np.array(
+        [0, -0.0, 1e-30, 1e-3, 5, 30, 88, 89, 1e4, 3e38, -1e-3, -5, -30, -88, -89, -1e4], np.float32
+    )
     for activation in ("silu", "gelu_tanh"):
         model = probe([Gated("x", "x", "y", activation)], "x", {"x": 16, "y": 16}, {})
         model.tensors["table_x"] = from_float32(np.tile(values, (VOCABULARY, 1)), "f32")
@@ -134,7 +138,12 @@ def test_gates_at_extreme_values() -> None:
 @pytest.mark.parametrize("kv_dtype", ["f16", "f32"])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(1, 1, 2), (6, 2, 20), (4, 4, 64), (8, 1, 80)])
 def test_attention(isa: str, kv_dtype: str, heads: int, kv_heads: int, head_dim: int) -> None:
-    widths = {"x": heads * head_dim, "y": kv_heads * head_dim, "z": kv_heads * head_dim, "out": heads * head_dim}
+    widths = {
+        "x": heads * head_dim,
+        "y": kv_heads * head_dim,
+        "z": kv_heads * head_dim,
+        "out": heads * head_dim,
+    }
     inv = (0.5 ** np.arange(head_dim // 2)).astype(np.float32)
     for cap in (0.0, 1.5):
         ops = [Rope("x", heads, head_dim, "inv", 1.25), Rope("y", kv_heads, head_dim, "inv", 0.5)]
@@ -223,4 +232,6 @@ def test_two_executables_share_a_process_and_close_twice() -> None:
 def test_describe_names_kernels_precision_and_threads() -> None:
     model = linear_model(1, 1, "f32")
     assert load(model, isa="portable", threads=1).describe() == "cpu: portable exact, 1 thread"
-    assert load(model, isa="portable", precision="fast", threads=3).describe() == "cpu: portable fast, 3 threads"
+    assert (
+        load(model, isa="portable", precision="fast", threads=3).describe() == "cpu: portable fast, 3 threads"
+    )

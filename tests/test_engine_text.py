@@ -20,7 +20,9 @@ def byte_level() -> Tokenizer:
     hf.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     hf.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    hf.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False))
+    hf.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    )
     return Tokenizer(hf.to_str().encode())
 
 
@@ -63,9 +65,15 @@ def test_incomplete_character_at_the_end_is_shown_as_replacement() -> None:
     assert set(detokenizer.flush()) == {REPLACEMENT}
 
 
-@given(text=st.text("ab", max_size=30), stops=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3), data=st.data())
+@given(
+    text=st.text("ab", max_size=30),
+    stops=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
+    data=st.data(),
+)
 @settings(max_examples=300, deadline=None)
-def test_stop_strings_cut_at_the_first_match_however_the_text_arrives(text: str, stops: list[str], data: st.DataObject) -> None:
+def test_stop_strings_cut_at_the_first_match_however_the_text_arrives(
+    text: str, stops: list[str], data: st.DataObject
+) -> None:
     """The cut is where a stop string first becomes complete, reading letter by letter."""
     matcher, shown = StopMatcher(stops), ""
     rest = text
@@ -105,7 +113,10 @@ def test_chat_template_matches_transformers(tmp_path: object) -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     messages = [{"role": "user", "content": "a <b> & 'c'"}, {"role": "assistant", "content": "d"}]
-    template = CHATML + "{{ {'k': 'é<'} | tojson }}{% for i in [1,2] %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}"
+    template = (
+        CHATML
+        + "{{ {'k': 'é<'} | tojson }}{% for i in [1,2] %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}"
+    )
     expected, _ = render_jinja_template(
         conversations=[messages], chat_template=template, add_generation_prompt=True, bos_token="<s>"
     )

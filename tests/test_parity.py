@@ -18,7 +18,12 @@ IDS = np.random.default_rng(0).integers(0, 131, 45).tolist()
 ADAPTERS: list[dict[str, Any]] = [
     {"r": 4, "lora_alpha": 8},
     {"r": 16, "lora_alpha": 4, "use_rslora": True},
-    {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "down_proj"], "rank_pattern": {"v_proj": 5}},
+    {
+        "r": 3,
+        "lora_alpha": 6,
+        "target_modules": ["q_proj", "v_proj", "down_proj"],
+        "rank_pattern": {"v_proj": 5},
+    },
 ]
 STACKS = {"none": [], "one": [(0, 1.0)], "three": [(1, 0.7), (0, -1.3), (2, 1.0)]}
 
@@ -31,7 +36,9 @@ class Case:
         self.adrt = path / "base.adrt"
         registry = load_registry()
         registry.importers["hf"].convert(self.folder, self.adrt, ConvertOptions(), lambda *_: None)
-        self.adapters = [peft_folder(path / f"a{i}", self.folder, i, **options) for i, options in enumerate(ADAPTERS)]
+        self.adapters = [
+            peft_folder(path / f"a{i}", self.folder, i, **options) for i, options in enumerate(ADAPTERS)
+        ]
         oracle = Oracle(self.folder, self.adrt)
         self.expected = {
             name: oracle.logits(IDS, [(self.adapters[i], scale) for i, scale in stack])
@@ -51,7 +58,9 @@ def load(case: Case, backend: str, precision: str) -> adaptrt.Model:
     return model
 
 
-@pytest.mark.parametrize(("backend", "precision"), [("reference", "exact"), ("cpu", "exact"), ("cpu", "fast")])
+@pytest.mark.parametrize(
+    ("backend", "precision"), [("reference", "exact"), ("cpu", "exact"), ("cpu", "fast")]
+)
 def test_logits_match_transformers_and_peft(case: Case, backend: str, precision: str) -> None:
     with load(case, backend, precision) as model:
         for name, stack in STACKS.items():
@@ -67,7 +76,9 @@ def test_mixed_batch_equals_each_alone_to_the_last_bit(case: Case) -> None:
     rng = np.random.default_rng(1)
     stacks = [[(f"a{i}", scale) for i, scale in stack] for stack in STACKS.values()]
     requests = [
-        adaptrt.Request(rng.integers(0, 131, size).tolist(), stacks[i % 3], adaptrt.Sampling(max_tokens=12, temperature=0))
+        adaptrt.Request(
+            rng.integers(0, 131, size).tolist(), stacks[i % 3], adaptrt.Sampling(max_tokens=12, temperature=0)
+        )
         for i, size in enumerate([1, 3, 17, 40, 33, 2, 64, 8])
     ]
     with load(case, "cpu", "exact") as model:
@@ -95,7 +106,8 @@ def test_ragged_steps_give_the_same_bits(case: Case) -> None:
             with model._adapters.use(stack) as stack_handles:
                 handles.append(stack_handles)
         sequences = [
-            Sequence(i, ids, handles[i], pages=list(range(20 + 4 * i, 24 + 4 * i))) for i, ids in enumerate(prompts)
+            Sequence(i, ids, handles[i], pages=list(range(20 + 4 * i, 24 + 4 * i)))
+            for i, ids in enumerate(prompts)
         ]
         together: list[list[np.ndarray]] = [[], [], []]
         while any(s.pending for s in sequences):
@@ -108,5 +120,3 @@ def test_ragged_steps_give_the_same_bits(case: Case) -> None:
                 piece.sequence.computed += piece.count
         for rows, expected in zip(together, alone, strict=True):
             assert np.array_equal(np.concatenate(rows), expected)
-
-

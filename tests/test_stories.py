@@ -16,7 +16,7 @@ from adaptrt.plugins import load_registry
 PROMPT = "Once upon a time, there was a little girl named Lily."
 STORY = (
     "She loved to play outside in the park. One day, she saw a big, red ball. She wanted to play with it, but it was "
-    'too high. Lily\'s mom said, "Lily, let\'s go to the park."'
+    "too high. Lily's mom said, \"Lily, let's go to the park.\""
 )
 CTX = 256
 GRIMM_CHARS = 6_000
@@ -30,7 +30,9 @@ def convert(shared: Path, out: Path, dtype: str) -> Path:
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("precision", ["exact", "fast"])
-def test_float32_continues_the_story_word_for_word(shared: Path, tmp_path: Path, backend: str, precision: str) -> None:
+def test_float32_continues_the_story_word_for_word(
+    shared: Path, tmp_path: Path, backend: str, precision: str
+) -> None:
     path = convert(shared, tmp_path / "s.adrt", "f32")
     with adaptrt.load(path, backend=backend, precision=precision) as model:
         text = model.generate(PROMPT, max_tokens=90, temperature=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from adaptrt.errors import ModelError
 from adaptrt.format import File
-from adaptrt.model.architecture import Architecture
+from adaptrt.model.architecture import Architecture, TensorSpec
 from adaptrt.program import Embed, Linear, Logits, Program
 from adaptrt.quant import int8, nf4
 from adaptrt.quant.plain import to_float32
@@ -51,13 +51,18 @@ class BaseTarget:
 
 
 class BaseView:
-    """A model file's base: `targets` by attach point, `modules` by Hugging Face module path."""
+    """A model file's base: its program and tensor specs, `targets` by attach point, `modules` by Hugging Face path.
+
+    Raises ModelError unless the file holds exactly the tensors that its metadata promises.
+    """
 
     def __init__(self, file: File, architecture: Architecture) -> None:
         self._file = file
         self.architecture = architecture.name
-        program = architecture.program(file.metadata)
-        found = list(_targets(file, architecture, program))
+        self.program = architecture.program(file.metadata)
+        self.specs = architecture.tensors(file.metadata)
+        check_tensors(file, self.specs)
+        found = _targets(file, architecture, self.program)
         self.targets: Mapping[str, BaseTarget] = {target.target: target for target in found}
         self.modules: Mapping[str, BaseTarget] = {target.module: target for target in found}
 
@@ -76,6 +81,10 @@ class BaseView:
         """Every tensor's dtype, shape and the start of its SHA-256."""
         entries = self._file.sections[SECTION].tensors.values()
         return {e.name: [e.dtype, list(e.shape), e.sha256[:DIGEST_DIGITS]] for e in entries}
+
+    def weights(self) -> dict[str, Tensor]:
+        """What the program reads, by name, straight from the map."""
+        return {name: self._file.tensor(SECTION, name) for name in self.program.weights}
 
     def record(self) -> dict[str, Any]:
         """What an adapter stores of its base."""
@@ -96,6 +105,22 @@ def open_base(file: File, architectures: Mapping[str, Architecture]) -> BaseView
         known = ", ".join(sorted(architectures))
         raise ModelError(f"{file.path}: architecture {name!r} is not supported; installed: {known}")
     return BaseView(file, architectures[name])
+
+
+def check_tensors(file: File, specs: Sequence[TensorSpec]) -> None:
+    """Raise ModelError naming the first few tensors that are missing, unknown or of another shape."""
+    found, wanted = file.sections[SECTION].tensors, {spec.name: spec for spec in specs}
+    problems = [
+        f"{name}: missing, expected {list(wanted[name].shape)}" for name in wanted if name not in found
+    ]
+    problems += [f"{name}: unknown" for name in found if name not in wanted]
+    for name, spec in wanted.items():
+        if name in found and tuple(found[name].shape) != spec.shape:
+            problems.append(f"{name}: found {list(found[name].shape)}, expected {list(spec.shape)}")
+    if problems:
+        raise ModelError(
+            f"{file.path}: {len(problems)} tensors do not fit the metadata: {'; '.join(problems[:3])}"
+        )
 
 
 def _targets(file: File, architecture: Architecture, program: Program) -> list[BaseTarget]:

@@ -75,6 +75,16 @@ def list_adapters(file: File) -> list[str]:
     ]
 
 
+def only_adapter(file: File) -> str:
+    """The name of a file's one adapter. Raises AdapterError when there are none or several."""
+    names = list_adapters(file)
+    if len(names) != 1:
+        raise AdapterError(
+            f"{file.path}: found {len(names)} adapters ({', '.join(names) or 'none'}), expected one"
+        )
+    return names[0]
+
+
 def read_adapter(file: File, section_name: str) -> Adapter:
     """The adapter in a section, checked as far as that needs no base and no variant; `lower` does that.
 

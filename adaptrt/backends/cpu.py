@@ -21,6 +21,18 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
+def read_bandwidth(n_bytes: int, threads: int, repeats: int = 3) -> float:
+    """Bytes a second that `threads` threads read from `n_bytes` of memory, best of `repeats`."""
+    return float(_native().lib.adrt_read_bandwidth(n_bytes, threads, repeats))
+
+
+def _native() -> Any:
+    try:
+        return import_module("adaptrt.backends._native")
+    except ImportError as error:
+        raise BackendError(f"backend cpu: the compiled module is missing or broken ({error})") from error
+
+
 class CpuBackend:
     """Runs Programs with the C kernels that suit this machine's CPU."""
 
@@ -46,8 +58,5 @@ class CpuBackend:
         )
 
     def _calls(self) -> Calls:
-        try:
-            native: Any = import_module("adaptrt.backends._native")
-        except ImportError as error:
-            raise BackendError(f"backend cpu: the compiled module is missing or broken ({error})") from error
+        native = _native()
         return Calls(native, native.lib.adrt_cpu_backend(), self.name)

@@ -103,12 +103,18 @@ class ReferenceExecutable:
             wanted += [(f"U{k}", term.u.shape, (out, rank)), (f"V{k}", term.v.shape, (rank, inner))]
             if term.d is not None:
                 wanted.append((f"d{k}", term.d.shape, (rank,)))
-        for name, vector, size in (("g_in", lowered.g_in, inner), ("g_out", lowered.g_out, out), ("c", lowered.c, out)):
+        for name, vector, size in (
+            ("g_in", lowered.g_in, inner),
+            ("g_out", lowered.g_out, out),
+            ("c", lowered.c, out),
+        ):
             if vector is not None:
                 wanted.append((name, vector.shape, (size,)))
         for name, found, expected in wanted:
             if tuple(found) != expected:
-                raise BackendError(f"adapter target {target}: {name} is {list(found)}, expected {list(expected)}")
+                raise BackendError(
+                    f"adapter target {target}: {name} is {list(found)}, expected {list(expected)}"
+                )
 
     def detach(self, handle: int) -> None:
         """Forget an adapter."""
@@ -245,23 +251,25 @@ def apply_stack(y: Floats, stack: tuple[LoweredAdapter, ...], target: str, shrin
             y = y * lowered.g_out
         if lowered.c is not None:
             constants.append(lowered.c)
-    return y + sum(constants)
+    return np.asarray(y + sum(constants), np.float32)
 
 
 def activate(x: Floats, activation: str) -> Floats:
     """SiLU, or GELU in its tanh approximation."""
     if activation == "silu":
-        return np.float32(0.5) * x * (1 + np.tanh(np.float32(0.5) * x))  # x · sigmoid(x), without overflow
+        return np.asarray(
+            np.float32(0.5) * x * (1 + np.tanh(np.float32(0.5) * x))
+        )  # x · sigmoid(x), without overflow
     inner = np.float32(np.sqrt(2 / np.pi)) * (x + np.float32(0.044715) * x**3)
-    return np.float32(0.5) * x * (1 + np.tanh(inner))
+    return np.asarray(np.float32(0.5) * x * (1 + np.tanh(inner)))
 
 
 def softcap(x: Floats, cap: float) -> Floats:
     """Cap · tanh(x / cap), or x when cap is 0."""
-    return np.float32(cap) * np.tanh(x / np.float32(cap)) if cap > 0 else x
+    return np.asarray(np.float32(cap) * np.tanh(x / np.float32(cap))) if cap > 0 else x
 
 
 def softmax(scores: Floats) -> Floats:
     """Softmax over the last axis."""
     exp = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return exp / exp.sum(axis=-1, keepdims=True)
+    return np.asarray(exp / exp.sum(axis=-1, keepdims=True), np.float32)

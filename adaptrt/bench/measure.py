@@ -50,7 +50,9 @@ def weight_bytes(program: Program, tensors: dict[str, Tensor]) -> int:
 
 def adapter_bytes(adapter: LoweredAdapter) -> int:
     """Bytes of an adapter's factors."""
-    return sum(term.u.data.nbytes + term.v.data.nbytes for lowered in adapter.values() for term in lowered.terms)
+    return sum(
+        term.u.data.nbytes + term.v.data.nbytes for lowered in adapter.values() for term in lowered.terms
+    )
 
 
 @dataclass(frozen=True)

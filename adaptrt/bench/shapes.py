@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import numpy as np
 
 from adaptrt.adapters.normal import Lowered, LoweredAdapter, Term
 from adaptrt.model.architecture import TensorSpec
-from adaptrt.quant.nf4 import parts
 from adaptrt.quant.plain import from_float32
-from adaptrt.tensor import Int8Layout, Tensor, rows_cols, tensor_nbytes
+from adaptrt.tensor import Int8Layout, Nf4Layout, Tensor, rows_cols, tensor_nbytes
 
-_LLAMA = {"hidden_act": "silu", "rms_norm_eps": 1e-5, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+_LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+}
 
 SHAPES: Mapping[str, Mapping[str, Any]] = {
     "tinyllama": _LLAMA
@@ -58,17 +64,15 @@ def random_tensor(spec: TensorSpec, rng: np.random.Generator) -> Tensor:
         return Tensor.from_numpy(np.ones(spec.shape, np.float32))
     dtype = "nf4" if spec.role == "linear" else "int8"
     data = np.frombuffer(rng.bytes(tensor_nbytes(dtype, spec.shape)), np.uint8).copy()
-    tensor = Tensor(dtype, spec.shape, data)
     # scales that keep activations finite: weights of about 1/sqrt(width)
     scale = np.float32(1 / np.sqrt(spec.shape[-1]))
     if dtype == "int8":
         layout = Int8Layout(*rows_cols(spec.shape))
         scales = from_float32(np.full(layout.rows * layout.row_blocks, scale / 127, np.float32), "bf16").data
         data[layout.scale_offset :] = scales
-    else:
-        views = parts(tensor)
-        views.nested[:], views.offset[...] = scale, scale
-    return tensor
+    else:  # nested absmax values and the offset behind them
+        data[Nf4Layout(prod(spec.shape)).nested_offset :].view(np.float32)[:] = scale
+    return Tensor(dtype, spec.shape, data)
 
 
 def random_lora(specs: tuple[TensorSpec, ...], rank: int, rng: np.random.Generator) -> LoweredAdapter:

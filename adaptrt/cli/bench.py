@@ -10,7 +10,8 @@ from typing import Any
 import click
 import numpy as np
 
-from adaptrt.api import choose_backend, find_architecture
+from adaptrt.adapters.base import open_base
+from adaptrt.api import choose_backend
 from adaptrt.backends.base import LoadOptions
 from adaptrt.backends.cpu import read_bandwidth
 from adaptrt.bench.measure import Bench, Scenario, adapter_bytes, weight_bytes
@@ -81,11 +82,8 @@ def command(
 
 
 def _from_file(path: str) -> Subject:
-    file = open_file(path)  # stays mapped until the process ends
-    architecture = find_architecture(load_registry(), file)
-    program = architecture.program(file.metadata)
-    tensors = {name: file.tensor("base", name) for name in program.weights}
-    return Subject(path, program, architecture.tensors(file.metadata), tensors)
+    base = open_base(open_file(path), load_registry().architectures)  # stays mapped until the process ends
+    return Subject(path, base.program, base.specs, base.weights())
 
 
 def _random(shape: str, rng: np.random.Generator) -> Subject:

@@ -21,7 +21,7 @@ convert_options = grouped(
     "options",
     dict,
     click.option("--base", type=PATH, metavar="BASE", help="The .adrt file that an adapter belongs to."),
-    click.option("--dtype", type=DTYPE, default="nf4", show_default=True, help="Of the linear layers."),
+    click.option("--dtype", type=DTYPE, help="Of the linear layers.  [default: nf4]"),
     click.option(
         "--head", type=DTYPE, help="Of the embedding and head.  [default: int8 if --dtype is quantized]"
     ),

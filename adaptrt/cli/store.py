@@ -10,13 +10,12 @@ from adaptrt.adapters.storage import (
     PREFIX,
     check_base,
     check_name,
-    list_adapters,
+    only_adapter,
     read_adapter,
     write_adapter,
 )
 from adaptrt.cli.notes import show_adapter_notes
 from adaptrt.convert.peft import import_peft
-from adaptrt.errors import AdapterError
 from adaptrt.format import Appender, Writer, open_file
 from adaptrt.plugins import Registry
 
@@ -34,11 +33,9 @@ def store_adapter(
         write_adapter(writer, replace(adapter, base=base.record()))
         return adapter.name
     with open_file(source) as file:
-        names = list_adapters(file)
-        if len(names) != 1:
-            raise AdapterError(f"{source}: found {len(names)} adapters, expected one")
-        check_base(read_adapter(file, PREFIX + names[0]), base)
-        stored = name or names[0]
+        found = only_adapter(file)
+        check_base(read_adapter(file, PREFIX + found), base)
+        stored = name or found
         check_name(stored)
-        writer.copy_section(file, PREFIX + names[0], PREFIX + stored)
+        writer.copy_section(file, PREFIX + found, PREFIX + stored)
     return stored

@@ -23,11 +23,11 @@ Progress = Callable[[int, int, str], None]  # bytes of input done, bytes in all,
 class ConvertOptions:
     """What the user may choose. `dtype` is for linear layers, `head` for the embedding and the head.
 
-    `base` is the `.adrt` file an adapter belongs to. `architectures` and `variants` are the installed ones by
-    name, handed down by whoever built the plugin registry.
+    None means the default: nf4, and what `head_dtype` says. `base` is the `.adrt` file an adapter belongs to.
+    `architectures` and `variants` are the installed ones by name, handed down by whoever built the plugin registry.
     """
 
-    dtype: WeightDtype = "nf4"
+    dtype: WeightDtype | None = None
     head: WeightDtype | None = None
     name: str | None = None
     base: Path | None = None
@@ -35,15 +35,20 @@ class ConvertOptions:
     variants: Mapping[str, Variant] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for key, dtype in (("dtype", self.dtype), ("head", self.head or self.dtype)):
+        for key, dtype in (("dtype", self.linear_dtype), ("head", self.head_dtype)):
             if dtype not in get_args(WeightDtype):
                 expected = ", ".join(get_args(WeightDtype))
                 raise ConvertError(f"option {key} is {dtype!r}, expected one of {expected}")
 
     @property
+    def linear_dtype(self) -> WeightDtype:
+        """The dtype of linear layers."""
+        return self.dtype or "nf4"
+
+    @property
     def head_dtype(self) -> WeightDtype:
-        """The dtype of embedding and head: int8 under a quantized `dtype`, else `dtype` itself."""
-        return self.head or ("int8" if self.dtype in ("nf4", "int8") else self.dtype)
+        """The dtype of embedding and head: int8 beside quantized layers, else theirs."""
+        return self.head or ("int8" if self.linear_dtype in ("nf4", "int8") else self.linear_dtype)
 
 
 class Importer(Protocol):

@@ -52,6 +52,8 @@ class HfImporter:
         src = Path(src)
         if not (src / "config.json").exists():
             raise ConvertError(f"{src}: not a Hugging Face model folder, it has no config.json")
+        if options.base is not None:
+            raise ConvertError(f"{src}: is a model folder; option base goes with an adapter folder")
         config = read_json(src / "config.json", JSON_LIMIT)
         architecture = _architecture(src, config, options.architectures)
         metadata = _metadata(src, config, architecture, options)
@@ -148,7 +150,7 @@ def _job(
         return _Job(spec, "nf4", packed=True)
     if in_head:
         return _Job(spec, options.head_dtype, packed=False)
-    return _Job(spec, options.dtype if spec.role == "linear" else "f32", packed=False)
+    return _Job(spec, options.linear_dtype if spec.role == "linear" else "f32", packed=False)
 
 
 def _mismatch(checkpoint: Checkpoint, job: _Job) -> str | None:

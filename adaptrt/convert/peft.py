@@ -51,6 +51,11 @@ class PeftImporter:
         """Convert for the base `options.base`. Raises AdapterError or ConvertError naming what is wrong."""
         if options.base is None:
             raise AdapterError(f"{src}: an adapter needs the base it belongs to (--base BASE.adrt)")
+        for key, value in (("dtype", options.dtype), ("head", options.head)):
+            if value is not None:
+                raise AdapterError(
+                    f"{src}: an adapter keeps its own dtypes; option {key} goes with a model folder"
+                )
         if out.exists() and out.samefile(options.base):
             raise AdapterError(f"{out}: is the base itself; an adapter goes into a file of its own")
         with open_file(options.base) as file:

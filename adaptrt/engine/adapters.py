@@ -35,7 +35,9 @@ class AdapterSet:
         """Load an adapter under a name; attaching it at scale 1 now shows at once whether it fits."""
         with self._lock:
             if name in self._adapters:
-                raise AdapterError(f"adapter {name!r}: already loaded; unload it first or choose another name")
+                raise AdapterError(
+                    f"adapter {name!r}: already loaded; unload it first or choose another name"
+                )
             self._adapters[name] = adapter
             try:
                 self._attach(name, 1.0)
@@ -48,7 +50,9 @@ class AdapterSet:
         with self._lock:
             self._find(name)
             if self._in_use[name]:
-                raise AdapterError(f"adapter {name!r}: in use by a generation under way; finish or close it first")
+                raise AdapterError(
+                    f"adapter {name!r}: in use by a generation under way; finish or close it first"
+                )
             for key in [key for key in self._handles if key[0] == name]:
                 self._executable.detach(self._handles.pop(key))
             del self._adapters[name]

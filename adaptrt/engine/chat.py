@@ -20,7 +20,9 @@ def render(template: str, messages: Sequence[Mapping[str, str]], special_tokens:
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    )
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     environment.filters["tojson"] = _to_json
@@ -28,7 +30,15 @@ def render(template: str, messages: Sequence[Mapping[str, str]], special_tokens:
         return environment.from_string(template).render(
             messages=list(messages), add_generation_prompt=True, **special_tokens
         )
-    except (TemplateError, TypeError, ValueError, KeyError, OverflowError, RecursionError, MemoryError) as error:
+    except (
+        TemplateError,
+        TypeError,
+        ValueError,
+        KeyError,
+        OverflowError,
+        RecursionError,
+        MemoryError,
+    ) as error:
         raise ModelError(f"chat template: {error}") from error
 
 

@@ -17,7 +17,9 @@ from adaptrt.engine.scheduler import Sequence as Running
 from adaptrt.engine.text import Detokenizer, StopMatcher, Tokenizer
 from adaptrt.errors import ContextError, RequestError
 
-MAX_BATCH_TOKENS = 512  # a step's tokens: large enough for prefill to be efficient, small enough to stay responsive
+MAX_BATCH_TOKENS = (
+    512  # a step's tokens: large enough for prefill to be efficient, small enough to stay responsive
+)
 MAX_SEQUENCES = 64
 MIN_KV_TOKENS = 65536  # KV budget of one call when the context is shorter
 LOGITS_BYTES = 64 << 20  # at most this many bytes of logits at once while scoring
@@ -37,7 +39,12 @@ class Answer:
     """One job's progress: samples, detokenizes and decides when it ends."""
 
     def __init__(
-        self, job: Job, sequence: Running, tokenizer: Tokenizer | None, end_ids: frozenset[int], context_length: int
+        self,
+        job: Job,
+        sequence: Running,
+        tokenizer: Tokenizer | None,
+        end_ids: frozenset[int],
+        context_length: int,
     ) -> None:
         self.job = job
         self.sequence = sequence
@@ -125,7 +132,9 @@ class Engine:
         finally:
             scheduler.close()
 
-    def _advance(self, slices: list[Slice], answers: dict[Running, Answer], scheduler: Scheduler) -> list[Chunk]:
+    def _advance(
+        self, slices: list[Slice], answers: dict[Running, Answer], scheduler: Scheduler
+    ) -> list[Chunk]:
         """One step for the chosen slices."""
         logits = self.executable.step(build_batch(slices, last_rows(slices)))
         done = [piece.sequence for piece in slices if piece.completes]

@@ -27,7 +27,9 @@ class Sampler:
         ids, kept = self._filter(logits)
         probabilities = softmax(kept / self.sampling.temperature)
         edges = np.cumsum(probabilities)
-        return int(ids[np.searchsorted(edges, self._rng.random() * edges[-1], side="right").clip(max=len(ids) - 1)])
+        return int(
+            ids[np.searchsorted(edges, self._rng.random() * edges[-1], side="right").clip(max=len(ids) - 1)]
+        )
 
     def _filter(self, logits: NDArray[np.float32]) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
         """Ids and logits that survive top_k, top_p and min_p, best first."""
@@ -55,4 +57,4 @@ def penalize(logits: NDArray[np.float32], context: list[int], penalty: float) ->
 def softmax(x: NDArray[np.float64]) -> NDArray[np.float64]:
     """Softmax over one axis."""
     exp = np.exp(x - x.max())
-    return exp / exp.sum()
+    return np.asarray(exp / exp.sum(), np.float64)

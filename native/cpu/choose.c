@@ -8,11 +8,10 @@ static const kernels *const best_first[] = {
     &cpu_kernels_portable,
 };
 
-const kernels *cpu_choose_kernels(int32_t isa, bool fast) {
+const kernels *cpu_choose_kernels(int32_t isa) {
   for (size_t i = 0; i < sizeof best_first / sizeof *best_first; i++) {
     const kernels *k = best_first[i];
-    bool wanted = isa == ADRT_ISA_AUTO ? fast || k->isa != ADRT_ISA_AVX512_VNNI : isa == k->isa;
-    if (wanted && k->supported()) return k;
+    if ((isa == ADRT_ISA_AUTO || isa == k->isa) && k->ready()) return k;
   }
   return NULL;
 }

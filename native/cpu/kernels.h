@@ -28,7 +28,7 @@ typedef void expand_kernel(const void *panels, int64_t panel_stride, int64_t ran
 typedef struct {
   const char *name;
   int isa;
-  bool (*supported)(void);
+  bool (*ready)(void); /* can this CPU run them? Also fills the tables that they use */
   product_kernel *exact[N_DTYPES]; /* nf4: cols a multiple of 64, X_SPLIT; the others X_PLAIN */
   product_kernel *fast[N_DTYPES];  /* NULL: use exact; nf4: cols a multiple of 128, X_INT8_SPLIT; int8: X_INT8 */
   expand_kernel *expand[3];        /* f32, f16, bf16 */
@@ -56,7 +56,7 @@ extern const kernels cpu_kernels_portable;
 extern const kernels cpu_kernels_avx2, cpu_kernels_avx512, cpu_kernels_vnni;
 #endif
 
-/* The best table for this machine, or the one `isa` forces; NULL when the CPU lacks it. `fast` allows VNNI. */
-const kernels *cpu_choose_kernels(int32_t isa, bool fast);
+/* The best table for this machine, or the one `isa` forces; NULL when the CPU lacks it. */
+const kernels *cpu_choose_kernels(int32_t isa);
 
 #endif

@@ -50,11 +50,11 @@ static inline vec v_weights(int dtype, const uint8_t *block, int i) {
 
 #include "product.h"
 
-static bool supported(void) {
+static bool ready(void) {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 
-const kernels cpu_kernels_avx2 = {.name = "avx2", .isa = ADRT_ISA_AVX2, .supported = supported, COMMON_KERNELS};
+const kernels cpu_kernels_avx2 = {.name = "avx2", .isa = ADRT_ISA_AVX2, .ready = ready, COMMON_KERNELS};
 #else
 typedef int not_for_this_cpu;
 #endif

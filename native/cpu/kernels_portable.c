@@ -47,7 +47,7 @@ static inline vec v_weights(int dtype, const uint8_t *block, int i) {
 
 #include "product.h"
 
-static bool supported(void) { return true; }
+static bool ready(void) { return true; }
 
 const kernels cpu_kernels_portable = {
-    .name = "portable", .isa = ADRT_ISA_PORTABLE, .supported = supported, COMMON_KERNELS};
+    .name = "portable", .isa = ADRT_ISA_PORTABLE, .ready = ready, COMMON_KERNELS};

@@ -8,9 +8,56 @@
  * 128 * sum(x), is known when the activations are quantized and subtracted a row at a time.
  */
 #if defined(__x86_64__)
+#include <immintrin.h>
+#include <pthread.h>
+
+#include "kernels.h"
+
+static void lookup_absmax_bytes(const uint8_t *q, int64_t n, float *out);
+#define LOOKUP_ABSMAX lookup_absmax_bytes
 #include "kernels_avx512.h"
 
 enum { PAIR = 2 * BLOCK };
+
+/* Byte b of DYNAMIC_MAP's values, and the codebook times 127 as high and low bytes offset by 128. The codebook is
+ * repeated 4 times: vpermb reads 6 bits of an index, so the other nibble in bits 4 and 5 needs no mask. */
+static uint8_t map_bytes[4][256], codebook_hi[64], codebook_lo[64];
+
+static void fill_tables(void) {
+  for (int i = 0; i < 256; i++)
+    for (int b = 0; b < 4; b++) map_bytes[b][i] = ((const uint8_t *)DYNAMIC_MAP)[4 * i + b];
+  for (int i = 0; i < 64; i++) {
+    float scaled = NF4_CODEBOOK[i % 16] * 127.0f, high = roundf(scaled), low = roundf((scaled - high) * 256.0f);
+    codebook_hi[i] = (uint8_t)(128 + (int)high);
+    codebook_lo[i] = (uint8_t)(128 + (int)(low > 127.0f ? 127.0f : low));
+  }
+}
+
+/* 64 values' byte b: 256 entries are two tables of 128, picked by the index's top bit. */
+INLINE __m512i map_byte(int b, __m512i q, __mmask64 top) {
+  const uint8_t *t = map_bytes[b];
+  __m512i low = _mm512_permutex2var_epi8(_mm512_loadu_si512(t), q, _mm512_loadu_si512(t + 64));
+  __m512i high = _mm512_permutex2var_epi8(_mm512_loadu_si512(t + 128), q, _mm512_loadu_si512(t + 192));
+  return _mm512_mask_blend_epi8(top, low, high);
+}
+
+/* 64 lookups at a time, byte by byte; the first permutation undoes what the unpacks do to the order. */
+static void lookup_absmax_bytes(const uint8_t *q, int64_t n, float *out) {
+  const __m512i transpose = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+  for (int64_t i = 0; i < n; i += 64) {
+    int64_t left = n - i < 64 ? n - i : 64;
+    __mmask64 present = left == 64 ? ~(__mmask64)0 : ((__mmask64)1 << left) - 1;
+    __m512i codes = _mm512_permutexvar_epi32(transpose, _mm512_maskz_loadu_epi8(present, q + i));
+    __mmask64 top = _mm512_movepi8_mask(codes);
+    __m512i b0 = map_byte(0, codes, top), b1 = map_byte(1, codes, top);
+    __m512i b2 = map_byte(2, codes, top), b3 = map_byte(3, codes, top);
+    __m512i low01 = _mm512_unpacklo_epi8(b0, b1), high01 = _mm512_unpackhi_epi8(b0, b1);
+    __m512i low23 = _mm512_unpacklo_epi8(b2, b3), high23 = _mm512_unpackhi_epi8(b2, b3);
+    __m512i values[4] = {_mm512_unpacklo_epi16(low01, low23), _mm512_unpackhi_epi16(low01, low23),
+                         _mm512_unpacklo_epi16(high01, high23), _mm512_unpackhi_epi16(high01, high23)};
+    for (int j = 0; j < 4; j++) _mm512_mask_storeu_epi32(out + i + 16 * j, (__mmask16)(present >> 16 * j), values[j]);
+  }
+}
 
 /* One token's quantized activations, in the order of the layout (X_INT8 or X_INT8_SPLIT). */
 typedef struct {
@@ -74,16 +121,6 @@ static void quantize(const float *x, int64_t n, bool split, float *out) {
   if (split) {
     split_bytes(hi, n);
     split_bytes(lo, n);
-  }
-}
-
-/* hi[16] and lo[16] of the codebook as unsigned bytes, repeated 4 times: vpermb reads 6 bits of an index, so the other
- * nibble in bits 4 and 5 needs no mask. */
-static void codebook_bytes(uint8_t hi[64], uint8_t lo[64]) {
-  for (int i = 0; i < 64; i++) {
-    float scaled = NF4_CODEBOOK[i % 16] * 127.0f, high = roundf(scaled), low = roundf((scaled - high) * 256.0f);
-    hi[i] = (uint8_t)(128 + (int)high);
-    lo[i] = (uint8_t)(128 + (int)(low > 127.0f ? 127.0f : low));
   }
 }
 
@@ -191,10 +228,8 @@ INLINE void int8_rows(const matrix *m, int dtype, const tables *book, int tokens
 
 INLINE void int8_product(const matrix *m, int dtype, int64_t row0, int64_t n_rows, const float *x, int64_t x_stride,
                          int64_t n_tokens, float *y, int64_t y_stride) {
-  uint8_t bytes[2][64];
   float scales[SCALES_AT_ONCE];
-  codebook_bytes(bytes[0], bytes[1]);
-  const tables book = {_mm512_loadu_si512(bytes[0]), _mm512_loadu_si512(bytes[1])};
+  const tables book = {_mm512_loadu_si512(codebook_hi), _mm512_loadu_si512(codebook_lo)};
   int64_t at_once = rows_at_once(m, dtype, n_rows);
   for (int64_t r = 0; r < n_rows; r += at_once) {
     int64_t rows = n_rows - r < at_once ? n_rows - r : at_once, t = 0;
@@ -216,14 +251,17 @@ INLINE void int8_product(const matrix *m, int dtype, int64_t row0, int64_t n_row
 DEFINE_FAST(fast_int8, ADRT_INT8)
 DEFINE_FAST(fast_nf4, ADRT_NF4)
 
-static bool supported(void) {
-  return has_avx512() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+static bool ready(void) {
+  static pthread_once_t once = PTHREAD_ONCE_INIT;
+  if (!has_avx512() || !__builtin_cpu_supports("avx512vnni") || !__builtin_cpu_supports("avx512vbmi")) return false;
+  pthread_once(&once, fill_tables);
+  return true;
 }
 
 const kernels cpu_kernels_vnni = {
     .name = "avx512_vnni",
     .isa = ADRT_ISA_AVX512_VNNI,
-    .supported = supported,
+    .ready = ready,
     .fast = {[ADRT_INT8] = fast_int8, [ADRT_NF4] = fast_nf4},
     .quantize = quantize,
     COMMON_KERNELS,

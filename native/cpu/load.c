@@ -224,7 +224,7 @@ int cpu_load(const adrt_program *program, const adrt_options *options, adrt_exec
   int code = check_options(options, error);
   if (code == ADRT_OK) code = cpu_validate_program(program, error);
   if (code != ADRT_OK) return code;
-  const kernels *k = cpu_choose_kernels(options->isa, options->precision == ADRT_FAST);
+  const kernels *k = cpu_choose_kernels(options->isa);
   if (!k) return cpu_fail(error, ADRT_UNAVAILABLE, "this CPU lacks instruction set %d", options->isa);
   adrt_executable *e = cpu_calloc(1, sizeof *e);
   if (!e) return cpu_fail(error, ADRT_NO_MEMORY, "no memory for an executable");

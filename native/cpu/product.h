@@ -4,6 +4,7 @@
  * v_zero, v_set1, v_load, v_store, v_mul, v_add, v_fma (a * b + c), v_sum, and
  *   v_weights(dtype, block, i)   vec i of a 64-weight block: its values, or the unscaled codes of int8 and nf4
  *   v_items(dtype, items)        LANES values of f32, f16 or bf16
+ * and may define LOOKUP_ABSMAX.
  *
  * The canonical order: in a block, lane by lane, vec 0 to the last; then, times the block's scale, onto the row's
  * accumulator; lanes are summed at the end.
@@ -36,12 +37,20 @@ static inline void expand_int8_scales(const uint16_t *scales, int64_t n, float *
   }
 }
 
-static inline void expand_absmax(const matrix *m, int64_t block, int64_t n, float *out) {
+#ifndef LOOKUP_ABSMAX
+#define LOOKUP_ABSMAX lookup_absmax
+/* out[i] = DYNAMIC_MAP[q[i]] */
+static inline void lookup_absmax(const uint8_t *q, int64_t n, float *out) {
   for (int64_t i = 0; i < n; i++) {
-    uint32_t code = m->absmax[block + i];
-    __asm__("" : "+r"(code)); /* a vectorized lookup is several times slower than these loads */
+    uint32_t code = q[i];
+    __asm__("" : "+r"(code)); /* a lookup that the compiler vectorizes is several times slower than these loads */
     out[i] = DYNAMIC_MAP[code];
   }
+}
+#endif
+
+static inline void expand_absmax(const matrix *m, int64_t block, int64_t n, float *out) {
+  LOOKUP_ABSMAX(m->absmax + block, n, out);
   for (int64_t i = 0, stop; i < n; i = stop) { /* product and sum are rounded apart, as the quantizer defines them */
     float nested;
     memcpy(&nested, m->nested + (block + i) / NESTED_BLOCK * 4, 4);

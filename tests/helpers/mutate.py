@@ -6,6 +6,7 @@ Prints {"opened": …, "refused": …, "rss_growth": bytes} as JSON.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import random
@@ -125,9 +126,9 @@ def change_value(index: Any, rng: random.Random) -> None:
     if action == 0:
         del node[key]
     elif action == 1 and isinstance(node, list):
-        node.insert(rng.randrange(len(node) + 1), old)
+        node.insert(rng.randrange(len(node) + 1), copy.deepcopy(old))
     elif action == 2:
-        node[key] = rng.choice(VALUES)
+        node[key] = copy.deepcopy(rng.choice(VALUES))
     elif isinstance(old, int):
         node[key] = rng.choice([*INTERESTING, old + rng.choice([-4096, -64, -1, 1, 64, 4096]), old * 2])
     else:

@@ -45,11 +45,14 @@ def model(ops: Iterable[Op], widths: dict[str, int], tensors: dict[str, Tensor],
     return Model(Program(widths, ops, constants or {}, head.shape[0], 1024), tensors)
 
 
-def probe(op_list: list[Op], out: str, widths: dict[str, int], tensors: dict[str, Tensor], constants=None) -> Model:
+def probe(
+    op_list: list[Op], out: str, widths: dict[str, int], tensors: dict[str, Tensor], constants=None
+) -> Model:
     """Registers x, y, z are embedded from random tables; the logits are register `out` as it is."""
     embedded = [name for name in ("x", "y", "z") if name in widths]
     tables = {
-        f"table_{name}": from_float32(random(i, VOCABULARY, widths[name]), "f32") for i, name in enumerate(embedded)
+        f"table_{name}": from_float32(random(i, VOCABULARY, widths[name]), "f32")
+        for i, name in enumerate(embedded)
     }
     ops: list[Op] = [Embed(name, f"table_{name}", f"embed_{name}") for name in embedded]
     identity = from_float32(np.eye(widths[out], dtype=np.float32), "f32")
@@ -68,7 +71,7 @@ class Sizes:
     layers: int = 2
 
 
-def decoder(sizes: Sizes = Sizes(), dtype: str = "nf4", head: str = "int8", seed: int = 0) -> Model:  # noqa: B008
+def decoder(sizes: Sizes = Sizes(), dtype: str = "nf4", head: str = "int8", seed: int = 0) -> Model:
     """A decoder with biases, caps, scales and both activations: every operation of the Program in one model."""
     q, kv = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
     widths = {"x": sizes.width, "h": sizes.width, "o": sizes.width, "q": q, "a": q, "k": kv, "v": kv}
@@ -87,11 +90,18 @@ def decoder(sizes: Sizes = Sizes(), dtype: str = "nf4", head: str = "int8", seed
             tensors[norm] = from_float32(1 + random(seed + len(tensors), sizes.width, scale=0.1), "f32")
         ops += [Norm("h", "x", f"{i}.norm1", 1e-5), linear("q", "h", f"{i}.q", bias=True)]
         ops += [linear("k", "h", f"{i}.k"), linear("v", "h", f"{i}.v")]
-        ops += [Rope("q", sizes.heads, sizes.head_dim, "inv"), Rope("k", sizes.kv_heads, sizes.head_dim, "inv")]
+        ops += [
+            Rope("q", sizes.heads, sizes.head_dim, "inv"),
+            Rope("k", sizes.kv_heads, sizes.head_dim, "inv"),
+        ]
         shape = (i, sizes.heads, sizes.kv_heads, sizes.head_dim)
         ops += [Attention("a", "q", "k", "v", *shape, scale=sizes.head_dim**-0.5, softcap=20.0 * i)]
         ops += [linear("o", "a", f"{i}.o"), Scale("o", "o", 0.7, 30.0 * i), Add("x", "x", "o")]
-        ops += [Norm("h", "x", f"{i}.norm2", 1e-5), linear("gate", "h", f"{i}.gate"), linear("up", "h", f"{i}.up")]
+        ops += [
+            Norm("h", "x", f"{i}.norm2", 1e-5),
+            linear("gate", "h", f"{i}.gate"),
+            linear("up", "h", f"{i}.up"),
+        ]
         ops += [Gated("gate", "gate", "up", "gelu_tanh" if i % 2 else "silu")]
         ops += [linear("o", "gate", f"{i}.down"), Add("x", "x", "o")]
     weight("head", sizes.vocabulary, sizes.width, head, tensors, seed)
@@ -105,7 +115,9 @@ def weight(name: str, rows: int, cols: int, dtype: str, tensors: dict[str, Tenso
     return name
 
 
-def adapter(made: Model, seed: int, dtype: str = "f32", rank: int = 5, skip: Sequence[str] = ()) -> LoweredAdapter:
+def adapter(
+    made: Model, seed: int, dtype: str = "f32", rank: int = 5, skip: Sequence[str] = ()
+) -> LoweredAdapter:
     """An adapter with everything the normal form has, on every target but `skip`."""
     lowered: dict[str, Lowered] = {}
     for i, op in enumerate(made.program.ops):
@@ -176,7 +188,9 @@ def batch(runs: Sequence[Run]) -> Batch:
     )
 
 
-def run_tokens(executable: Executable, tokens: Sequence[int], page_tokens: int, stack: Sequence[int] = ()) -> Floats:
+def run_tokens(
+    executable: Executable, tokens: Sequence[int], page_tokens: int, stack: Sequence[int] = ()
+) -> Floats:
     """Logits of one whole sequence in one step."""
     pages = range(-(-len(tokens) // page_tokens))
     executable.reserve(len(pages))

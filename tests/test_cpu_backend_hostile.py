@@ -1,0 +1,287 @@
+"""Impossible arguments to the native ABI: each is refused with one line that names it, and nothing crashes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.programs import Run, adapter, batch, decoder, random, run_tokens
+
+from adaptrt.adapters.normal import Lowered, Term
+from adaptrt.backends.base import LoadOptions
+from adaptrt.backends.cpu import CpuBackend
+from adaptrt.backends.native import ProgramStructs
+from adaptrt.errors import BackendError, ClosedError
+from adaptrt.quant.plain import from_float32
+
+OPTIONS = LoadOptions(threads=2, precision="exact", page_tokens=4)
+MODEL = decoder()
+OPS = [type(op).__name__ for op in MODEL.program.ops]
+HUGE = 2**62
+
+
+@pytest.fixture(scope="module")
+def calls() -> Any:
+    return CpuBackend()._calls()
+
+
+def refused(function: Callable[[], Any], message: str) -> None:
+    with pytest.raises(BackendError) as caught:
+        function()
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def try_load(calls: Any, change: Callable[[Any, Any], None], message: str) -> None:
+    """Change the C structs of a good program, then load it."""
+    loaded = ProgramStructs(calls, MODEL.program, MODEL.tensors)
+    options = calls.ffi.new(
+        "adrt_options *", {"threads": 1, "kv_dtype": calls.lib.ADRT_F16, "page_tokens": 4}
+    )
+    change(loaded.program, options)
+    out = calls.ffi.new("adrt_executable **")
+    refused(lambda: calls("load", loaded.program, options, out), message)
+    assert out[0] == calls.ffi.NULL
+
+
+def set_op(kind: str, /, **fields: Any) -> Callable[[Any, Any], None]:
+    def change(program: Any, _: Any) -> None:
+        for name, value in fields.items():
+            setattr(program.ops[OPS.index(kind)], name, value)
+
+    return change
+
+
+def set_tensor(index: int, /, **fields: Any) -> Callable[[Any, Any], None]:
+    def change(program: Any, _: Any) -> None:
+        for name, value in fields.items():
+            setattr(program.tensors[index], name, value)
+
+    return change
+
+
+def set_program(**fields: Any) -> Callable[[Any, Any], None]:
+    return lambda program, _: [setattr(program, name, value) for name, value in fields.items()] and None
+
+
+def set_options(**fields: Any) -> Callable[[Any, Any], None]:
+    return lambda _, options: [setattr(options, name, value) for name, value in fields.items()] and None
+
+
+LOADS = {
+    "no ops": (set_program(n_ops=0), "impossible program"),
+    "negative registers": (set_program(n_registers=-1), "impossible program"),
+    "too many targets": (set_program(n_targets=10**6), "impossible program"),
+    "one target more": (set_program(n_targets=len(MODEL.program.targets) + 1), "named by no op"),
+    "one target fewer": (set_program(n_targets=len(MODEL.program.targets) - 1), "out of range"),
+    "program cut short": (set_program(n_ops=5), "LOGITS must be the last"),
+    "fewer tensors": (set_program(n_tensors=3), "tensor"),
+    "fewer registers": (set_program(n_registers=3), "register"),
+    "unknown kind": (set_op("Norm", kind=77), "unknown kind 77"),
+    "register out of range": (set_op("Norm", a=1000), "register 1000"),
+    "register negative": (set_op("Linear", out=-5), "expected"),
+    "register of another width": (set_op("Linear", a=7), "expected"),
+    "read before written": (set_op("Norm", a=1), "read before it is written"),
+    "weight missing": (set_op("Linear", weight=-1), "tensor -1"),
+    "bias of another size": (set_op("Linear", bias=0), "bias"),
+    "target twice": (set_op("Linear", target=0), "named twice"),
+    "target out of range": (set_op("Embed", target=99), "out of range"),
+    "odd head": (set_op("Rope", head_dim=33), "odd"),
+    "no heads": (set_op("Rope", heads=0), "impossible 0 heads"),
+    "heads overflow": (set_op("Rope", heads=2**31 - 1, head_dim=2**31 - 2), "tensor"),
+    "KV heads do not divide": (set_op("Attention", kv_heads=3), "impossible 4 heads"),
+    "head_dim huge": (set_op("Attention", head_dim=2**31 - 1), "wide"),
+    "layer negative": (set_op("Attention", layer=-1), "layer -1"),
+    "layer twice": (set_op("Attention", layer=1), "belongs to op"),
+    "unknown activation": (set_op("Gated", mode=9), "activation 9"),
+    "unknown dtype": (set_tensor(0, dtype=42), "unknown dtype 42"),
+    "dtype negative": (set_tensor(0, dtype=-1), "unknown dtype -1"),
+    "bytes short": (set_tensor(1, bytes=100), "needs"),
+    "bytes overflow": (set_tensor(1, rows=HUGE, cols=HUGE), "impossible shape"),
+    "rows overflow": (set_tensor(1, rows=HUGE // 2, cols=8), "impossible shape"),
+    "rows zero": (set_tensor(1, rows=0), "impossible shape"),
+    "cols negative": (set_tensor(1, cols=-4), "impossible shape"),
+    "no threads": (set_options(threads=0), "0 threads"),
+    "threads without end": (set_options(threads=10**9), "threads"),
+    "KV in bf16": (set_options(kv_dtype=2), "expected f16 or f32"),
+    "page not a power of two": (set_options(page_tokens=12), "power of two"),
+    "page huge": (set_options(page_tokens=1 << 30), "power of two"),
+    "unknown precision": (set_options(precision=3), "precision 3"),
+    "unknown instruction set": (set_options(isa=9), "instruction set 9"),
+}
+
+
+@pytest.mark.parametrize("name", LOADS)
+def test_load_refuses(calls: Any, name: str) -> None:
+    try_load(calls, *LOADS[name])
+
+
+def test_load_refuses_null_and_unaligned_data(calls: Any) -> None:
+    def shift(program: Any, _: Any) -> None:
+        program.tensors[1].data = calls.ffi.cast(
+            "void *", int(calls.ffi.cast("uintptr_t", program.tensors[1].data)) + 1
+        )
+
+    try_load(calls, shift, "not aligned")
+    try_load(calls, set_tensor(1, data=calls.ffi.NULL), "NULL")
+    try_load(calls, set_program(ops=calls.ffi.NULL), "NULL")
+    refused(lambda: calls("load", calls.ffi.NULL, calls.ffi.NULL, calls.ffi.NULL), "NULL")
+
+
+@pytest.fixture(scope="module")
+def executable() -> Any:
+    loaded = CpuBackend().load(MODEL.program, MODEL.tensors, OPTIONS)
+    loaded.reserve(8)
+    loaded.attach(adapter(MODEL, 1))
+    loaded.detach(loaded.attach(adapter(MODEL, 2)))  # handle 1 is stale
+    return loaded
+
+
+GOOD = [Run([1, 2, 3, 4, 5], 0, [0, 1], (0,)), Run([6], 3, [2])]
+
+
+def changed(name: str, index: int, value: int) -> Any:
+    made = copy.deepcopy(batch(GOOD))
+    getattr(made, name)[index] = value
+    return made
+
+
+BATCHES = {
+    "token too large": (changed("tokens", 2, 101), "token 2 is 101, the vocabulary has 101"),
+    "token negative": (changed("tokens", 0, -1), "token 0 is -1"),
+    "position negative": (changed("positions", 5, -3), "position -3"),
+    "positions jump": (changed("positions", 1, 7), "position 7, expected 1"),
+    "position beyond the pages": (changed("positions", 5, 4), "needs 2 KV pages"),
+    "position huge": (changed("positions", 5, 2**31 - 1), "KV pages"),
+    "page not reserved": (changed("pages", 0, 8), "KV page 8 is not reserved, 8 pages are"),
+    "page negative": (changed("pages", 2, -1), "KV page -1"),
+    "run starts late": (changed("run_start", 0, 1), "run_start[0] is 1"),
+    "run ends beyond": (changed("run_start", 2, 7), "run_start ends at 7, expected 6"),
+    "runs go back": (changed("run_start", 1, 8), "less than"),
+    "pages go back": (changed("page_start", 1, -1), "less than"),
+    "pages start late": (changed("page_start", 0, 2), "page_start[0] is 2"),
+    "stacks go back": (changed("stack_start", 1, 3), "less than"),
+    "unknown handle": (changed("stacks", 0, 9), "no adapter with handle 9"),
+    "negative handle": (changed("stacks", 0, -1), "no adapter with handle -1"),
+    "stale handle": (changed("stacks", 0, 1), "no adapter with handle 1"),
+    "logit row beyond": (changed("logit_rows", 0, 6), "logit row 0 is token 6 of 6"),
+    "logit row negative": (changed("logit_rows", 1, -1), "logit row 1 is token -1"),
+    "no tokens": (batch([]), "0 tokens"),
+    "fewer positions": (
+        replace(batch(GOOD), positions=np.zeros(2, np.int32)),
+        "positions has 2 items, expected 6",
+    ),
+    "fewer pages": (replace(batch(GOOD), pages=np.zeros(1, np.int32)), "pages has 1 items, expected 3"),
+    "fewer stacks": (replace(batch(GOOD), stacks=np.zeros(0, np.int32)), "stacks has 0 items, expected 1"),
+    "fewer starts": (replace(batch(GOOD), page_start=np.zeros(2, np.int32)), "number of runs + 1"),
+    "tokens beyond int32": (replace(batch(GOOD), tokens=np.full(6, 2**40)), "fit into int32"),
+    "tokens not whole": (replace(batch(GOOD), tokens=np.zeros(6, np.float32)), "fit into int32"),
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_step_refuses_and_still_works(executable: Any, name: str) -> None:
+    before = executable.step(batch(GOOD))
+    hostile, message = BATCHES[name]
+    refused(lambda: executable.step(hostile), message)
+    np.testing.assert_array_equal(executable.step(batch(GOOD)), before)
+
+
+def test_random_batches_never_crash(executable: Any) -> None:
+    rng = np.random.default_rng(0)
+    names = ("tokens", "positions", "run_start", "page_start", "pages", "stack_start", "stacks", "logit_rows")
+    refusals = 0
+    for _ in range(2000):
+        made = copy.deepcopy(batch(GOOD))
+        for _ in range(rng.integers(1, 4)):
+            array = getattr(made, names[rng.integers(len(names))])
+            array[rng.integers(len(array))] = rng.choice([rng.integers(-3, 12), -(2**31), 2**31 - 1])
+        try:
+            executable.step(made)
+        except BackendError as error:
+            assert "\n" not in str(error)
+            refusals += 1
+    assert 1000 < refusals < 2000
+
+
+def lowered(u: tuple[int, int], v: tuple[int, int], dtype: str = "f32", **fields: Any) -> dict[str, Lowered]:
+    term = Term(
+        from_float32(random(1, *u), dtype), from_float32(random(2, *v), dtype), fields.pop("scale", 1.0)
+    )
+    return {fields.pop("target", "0.k"): Lowered((term,), **fields)}
+
+
+ATTACHMENTS = {
+    "U too tall": (lowered((65, 4), (4, 128)), "do not fit [64, rank] [rank, 128]"),
+    "V too wide": (lowered((64, 4), (4, 129)), "do not fit"),
+    "ranks differ": (lowered((64, 4), (5, 128)), "do not fit"),
+    "U in int8": (lowered((64, 4), (4, 128), "int8"), "expected f32, f16 or bf16"),
+    "scale is NaN": (lowered((64, 4), (4, 128), scale=float("nan")), "scale nan"),
+    "unknown target": (lowered((64, 4), (4, 128), target="9.k"), "9.k"),
+    "g_in": (lowered((64, 4), (4, 128), g_in=random(0, 127)), "g_in is [127], expected [128]"),
+    "g_out": (lowered((64, 4), (4, 128), g_out=random(0, 65)), "g_out is [65], expected [64]"),
+    "c": (lowered((64, 4), (4, 128), c=random(0, 1)), "c is [1], expected [64]"),
+}
+
+
+@pytest.mark.parametrize("name", ATTACHMENTS)
+def test_attach_refuses(executable: Any, name: str) -> None:
+    hostile, message = ATTACHMENTS[name]
+    refused(lambda: executable.attach(hostile), message)
+
+
+def test_native_attach_refuses_what_python_cannot_say(executable: Any, calls: Any) -> None:
+    handle, native = calls.ffi.new("int32_t *"), executable._executable
+
+    def attach(*attachments: dict[str, Any], n: int | None = None) -> Callable[[], None]:
+        array = calls.ffi.new("adrt_attachment[]", list(attachments) or 1)
+        return lambda: calls("attach", native, len(attachments) if n is None else n, array, handle)
+
+    refused(attach({"target": 3}, {"target": 3}), "given twice")
+    refused(attach({"target": -1}), "out of range")
+    refused(attach({"target": 2, "n_terms": 1}), "1 terms, NULL")
+    refused(attach({"target": 2, "n_terms": -1}), "-1 terms")
+    refused(attach(n=-1), "-1 attachments")
+
+
+def test_pages_that_memory_cannot_hold_are_refused_and_the_rest_stays(calls: Any) -> None:
+    loaded = CpuBackend().load(MODEL.program, MODEL.tensors, OPTIONS)
+    before = run_tokens(loaded, [1, 2, 3], 4)
+    refused(lambda: calls("reserve", loaded._executable, -1), "-1 pages")
+    np.testing.assert_array_equal(run_tokens(loaded, [1, 2, 3], 4), before)
+
+
+def test_unknown_handles_and_closed_executables() -> None:
+    loaded = CpuBackend().load(MODEL.program, MODEL.tensors, OPTIONS)
+    handle = loaded.attach(adapter(MODEL, 3))
+    loaded.detach(handle)
+    refused(lambda: loaded.detach(handle), f"no adapter with handle {handle}")
+    refused(lambda: loaded.detach(-1), "no adapter with handle -1")
+    loaded.close()
+    loaded.close()
+    with pytest.raises(ClosedError):
+        loaded.step(batch(GOOD))
+
+
+def test_shared_tensors_survive_the_detaching_of_one_adapter(executable: Any) -> None:
+    """Two adapters that share U and V: detaching one leaves the other's copy alone."""
+    shared = adapter(MODEL, 4)
+    first, second = executable.attach(shared), executable.attach(dict(shared))
+    expected = run_tokens(executable, [3, 1], 4, [second])
+    executable.detach(first)
+    np.testing.assert_array_equal(run_tokens(executable, [3, 1], 4, [second]), expected)
+    executable.detach(second)
+
+
+def test_nan_weights_and_activations_do_not_crash() -> None:
+    tensors = dict(MODEL.tensors)
+    poisoned = random(0, *tensors["0.norm1"].shape)
+    poisoned[3] = np.nan
+    tensors["0.norm1"] = from_float32(poisoned, "f32")
+    for precision in ("exact", "fast"):
+        loaded = CpuBackend().load(MODEL.program, tensors, replace(OPTIONS, precision=precision))
+        assert np.isnan(run_tokens(loaded, [1, 2, 3], 4)).all()
