@@ -79,9 +79,8 @@ def only_adapter(file: File) -> str:
     """The name of a file's one adapter. Raises AdapterError when there are none or several."""
     names = list_adapters(file)
     if len(names) != 1:
-        raise AdapterError(
-            f"{file.path}: found {len(names)} adapters ({', '.join(names) or 'none'}), expected one"
-        )
+        listed = f" ({', '.join(names)})" if names else ""
+        raise AdapterError(f"{file.path}: found {len(names)} adapters{listed}, expected one")
     return names[0]
 
 
