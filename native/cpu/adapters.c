@@ -1,5 +1,5 @@
-/* Attach and detach adapters lowered to the normal form. V and the vectors are read where they are; U is copied into
- * panels (executable.h), once for all adapters that share it. */
+/* Attach and detach adapters lowered to the normal form. V and the vectors are read where they are; U is
+ * copied into panels (executable.h), once for all adapters that share it. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -59,20 +59,22 @@ void cpu_free_adapter(adrt_executable *e, adapter *a) {
   cpu_free(a);
 }
 
-static int attach_term(adrt_executable *e, const adrt_term *in, int32_t target, int32_t k, int64_t out, int64_t inner,
-                       term *result, adrt_error *error) {
+static int attach_term(adrt_executable *e, const adrt_term *in, int32_t target, int32_t k, int64_t out,
+                       int64_t inner, term *result, adrt_error *error) {
   matrix u, v;
   int code = cpu_matrix(&in->u, "adapter U of term", k, &u, error);
   if (code == ADRT_OK) code = cpu_matrix(&in->v, "adapter V of term", k, &v, error);
   if (code != ADRT_OK) return code;
   if (u.dtype > ADRT_BF16 || v.dtype > ADRT_BF16)
-    return cpu_fail(error, ADRT_BAD_ARGUMENT, "target %d, term %d: U is %s and V is %s, expected f32, f16 or bf16",
-                    target, k, cpu_dtype_name(u.dtype), cpu_dtype_name(v.dtype));
-  if (u.rows != out || v.cols != inner || u.cols != v.rows)
     return cpu_fail(error, ADRT_BAD_ARGUMENT,
-                    "target %d, term %d: U [%lld, %lld] and V [%lld, %lld] do not fit [%lld, rank] [rank, %lld]", target,
-                    k, (long long)u.rows, (long long)u.cols, (long long)v.rows, (long long)v.cols, (long long)out,
-                    (long long)inner);
+                    "target %d, term %d: U is %s and V is %s, expected f32, f16 or bf16", target, k,
+                    cpu_dtype_name(u.dtype), cpu_dtype_name(v.dtype));
+  if (u.rows != out || v.cols != inner || u.cols != v.rows)
+    return cpu_fail(
+        error, ADRT_BAD_ARGUMENT,
+        "target %d, term %d: U [%lld, %lld] and V [%lld, %lld] do not fit [%lld, rank] [rank, %lld]", target,
+        k, (long long)u.rows, (long long)u.cols, (long long)v.rows, (long long)v.cols, (long long)out,
+        (long long)inner);
   if (!isfinite(in->scale))
     return cpu_fail(error, ADRT_BAD_ARGUMENT, "target %d, term %d: scale %g", target, k, (double)in->scale);
   *result = (term){.v = v, .d = in->d, .scale = in->scale};
@@ -99,15 +101,16 @@ static int attach_target(adrt_executable *e, adapter *a, const adrt_attachment *
   result->g_out = in->g_out;
   result->c = in->c;
   for (int32_t k = 0; k < in->n_terms; k++) {
-    int code = attach_term(e, &in->terms[k], in->target, k, at->width, embed ? at->weight.rows : at->weight.cols,
-                           &result->terms[k], error);
+    int code = attach_term(e, &in->terms[k], in->target, k, at->width,
+                           embed ? at->weight.rows : at->weight.cols, &result->terms[k], error);
     if (code != ADRT_OK) return code;
     result->n_terms = k + 1;
   }
   return ADRT_OK;
 }
 
-int cpu_attach(adrt_executable *e, int32_t n, const adrt_attachment *attachments, int32_t *handle, adrt_error *error) {
+int cpu_attach(adrt_executable *e, int32_t n, const adrt_attachment *attachments, int32_t *handle,
+               adrt_error *error) {
   if (!e || n < 0 || (n && !attachments) || !handle)
     return cpu_fail(error, ADRT_BAD_ARGUMENT, "attach: %d attachments, or a NULL argument", n);
   adapter *a = cpu_calloc(1, sizeof *a);

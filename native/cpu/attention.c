@@ -1,8 +1,8 @@
 /* Rotary embedding, and attention over the paged KV cache.
  *
- * In a page, a layer's K is [kv_heads][page_tokens][head_dim], so that q k^T is a product with rows of K, and its V is
- * [kv_heads][ceil(head_dim/16)][page_tokens][16], so that adding up p v streams through panels. A query meets the
- * pages one after the other, whatever else is in the batch.
+ * In a page, a layer's K is [kv_heads][page_tokens][head_dim], so that q k^T is a product with rows of K, and
+ * its V is [kv_heads][ceil(head_dim/16)][page_tokens][16], so that adding up p v streams through panels. A
+ * query meets the pages one after the other, whatever else is in the batch.
  */
 #include <math.h>
 #include <string.h>
@@ -71,7 +71,8 @@ static void store(const adrt_executable *e, const instruction *in, int64_t token
 }
 
 /* All query heads of one KV head for one token. */
-static void attend(const adrt_executable *e, const instruction *in, int64_t token, int64_t head, float *scratch) {
+static void attend(const adrt_executable *e, const instruction *in, int64_t token, int64_t head,
+                   float *scratch) {
   const kv_layer *kv = &e->kv_layers[in->op.layer];
   const kernels *k = e->kernels;
   int64_t group = in->op.heads / kv->kv_heads, dim = kv->head_dim, stride = cpu_align(dim, BLOCK);
@@ -86,8 +87,8 @@ static void attend(const adrt_executable *e, const instruction *in, int64_t toke
   for (int64_t base = 0; base < context; base += page_tokens) {
     int64_t count = context - base < page_tokens ? context - base : page_tokens;
     const uint8_t *page = page_of(e, token, base / page_tokens);
-    const matrix keys = {.dtype = (int32_t)dtype, .rows = page_tokens, .cols = dim,
-                         .data = page + kv->k_offset + k_head};
+    const matrix keys = {
+        .dtype = (int32_t)dtype, .rows = page_tokens, .cols = dim, .data = page + kv->k_offset + k_head};
     k->exact[dtype](&keys, 0, count, queries, stride, group, scores + base, score_stride);
   }
   for (int64_t h = 0; h < group; h++)
@@ -106,7 +107,8 @@ int64_t cpu_attention_items(const adrt_executable *e, const instruction *in, enu
   return phase == PREPARE ? items_of(n, TOKENS_PER_ITEM) : n * in->op.kv_heads;
 }
 
-void cpu_attention(adrt_executable *e, const instruction *in, enum phase phase, int64_t item, float *scratch) {
+void cpu_attention(adrt_executable *e, const instruction *in, enum phase phase, int64_t item,
+                   float *scratch) {
   if (phase == COMPUTE) {
     attend(e, in, item / in->op.kv_heads, item % in->op.kv_heads, scratch);
     return;

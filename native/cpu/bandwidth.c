@@ -61,7 +61,8 @@ double adrt_read_bandwidth(uint64_t bytes, int32_t threads, int32_t repeats) {
   volatile uint64_t sink = 0;
   for (int32_t r = 0; r < repeats; r++) {
     slice slices[MAX_THREADS] = {{0}};
-    for (int32_t i = 0; i < threads; i++) slices[i] = (slice){.words = words + share * (size_t)i, .count = share};
+    for (int32_t i = 0; i < threads; i++)
+      slices[i] = (slice){.words = words + share * (size_t)i, .count = share};
     double seconds = read_once(slices, threads);
     for (int32_t i = 0; i < threads; i++) sink += slices[i].sum;
     if (seconds > 0) {

@@ -1,4 +1,5 @@
-/* A step's batch: every number checked, then the plan of which adapter acts on which tokens of which operation. */
+/* A step's batch: every number checked, then the plan of which adapter acts on which tokens of which
+ * operation. */
 #include <string.h>
 
 #include "executable.h"
@@ -7,8 +8,8 @@ static int starts_ok(const char *name, const int32_t *start, int32_t n_runs, int
   if (start[0] != 0) return cpu_fail(error, ADRT_BAD_ARGUMENT, "%s[0] is %d, expected 0", name, start[0]);
   for (int32_t r = 0; r < n_runs; r++)
     if (start[r + 1] < start[r])
-      return cpu_fail(error, ADRT_BAD_ARGUMENT, "%s[%d] is %d, less than the %d before it", name, r + 1, start[r + 1],
-                      start[r]);
+      return cpu_fail(error, ADRT_BAD_ARGUMENT, "%s[%d] is %d, less than the %d before it", name, r + 1,
+                      start[r + 1], start[r]);
   if (end >= 0 && start[n_runs] != end)
     return cpu_fail(error, ADRT_BAD_ARGUMENT, "%s ends at %d, expected %d", name, start[n_runs], end);
   return ADRT_OK;
@@ -36,12 +37,12 @@ static int run_ok(const adrt_executable *e, const adrt_batch *b, int32_t r, adrt
   int32_t n_pages = b->page_start[r + 1] - b->page_start[r];
   int32_t needed = end > first ? b->positions[end - 1] / e->options.page_tokens + 1 : 0;
   if (n_pages < needed)
-    return cpu_fail(error, ADRT_BAD_ARGUMENT, "run %d: position %d needs %d KV pages of %d tokens, it has %d", r,
-                    b->positions[end - 1], needed, e->options.page_tokens, n_pages);
+    return cpu_fail(error, ADRT_BAD_ARGUMENT, "run %d: position %d needs %d KV pages of %d tokens, it has %d",
+                    r, b->positions[end - 1], needed, e->options.page_tokens, n_pages);
   for (int32_t i = b->page_start[r]; i < b->page_start[r + 1]; i++)
     if (b->pages[i] < 0 || b->pages[i] >= e->n_pages)
-      return cpu_fail(error, ADRT_BAD_ARGUMENT, "run %d: KV page %d is not reserved, %d pages are", r, b->pages[i],
-                      e->n_pages);
+      return cpu_fail(error, ADRT_BAD_ARGUMENT, "run %d: KV page %d is not reserved, %d pages are", r,
+                      b->pages[i], e->n_pages);
   for (int32_t i = b->stack_start[r]; i < b->stack_start[r + 1]; i++)
     if (b->stacks[i] < 0 || b->stacks[i] >= e->n_adapters || !e->adapters[b->stacks[i]])
       return cpu_fail(error, ADRT_BAD_ARGUMENT, "run %d: no adapter with handle %d", r, b->stacks[i]);
@@ -50,8 +51,8 @@ static int run_ok(const adrt_executable *e, const adrt_batch *b, int32_t r, adrt
 
 static int pointers_ok(const adrt_batch *b, adrt_error *error) {
   if (b->n_tokens < 1 || b->n_runs < 1 || b->n_logits < 0)
-    return cpu_fail(error, ADRT_BAD_ARGUMENT, "impossible batch: %d tokens, %d runs, %d logit rows", b->n_tokens,
-                    b->n_runs, b->n_logits);
+    return cpu_fail(error, ADRT_BAD_ARGUMENT, "impossible batch: %d tokens, %d runs, %d logit rows",
+                    b->n_tokens, b->n_runs, b->n_logits);
   if (!b->tokens || !b->positions || !b->run_start || !b->page_start || !b->stack_start ||
       (b->n_logits && (!b->logit_rows || !b->logits)))
     return cpu_fail(error, ADRT_BAD_ARGUMENT, "an array of the batch is NULL");
@@ -63,25 +64,28 @@ int cpu_validate_batch(const adrt_executable *e, const adrt_batch *b, adrt_error
   if (code == ADRT_OK) code = starts_ok("run_start", b->run_start, b->n_runs, b->n_tokens, error);
   if (code == ADRT_OK) code = starts_ok("page_start", b->page_start, b->n_runs, -1, error);
   if (code == ADRT_OK) code = starts_ok("stack_start", b->stack_start, b->n_runs, -1, error);
-  if (code == ADRT_OK && ((b->page_start[b->n_runs] && !b->pages) || (b->stack_start[b->n_runs] && !b->stacks)))
+  if (code == ADRT_OK &&
+      ((b->page_start[b->n_runs] && !b->pages) || (b->stack_start[b->n_runs] && !b->stacks)))
     code = cpu_fail(error, ADRT_BAD_ARGUMENT, "pages or stacks is NULL");
   if (code == ADRT_OK) code = tokens_ok(e, b, error);
   for (int32_t r = 0; code == ADRT_OK && r < b->n_runs; r++) code = run_ok(e, b, r, error);
   for (int32_t i = 0; code == ADRT_OK && i < b->n_logits; i++)
     if (b->logit_rows[i] < 0 || b->logit_rows[i] >= b->n_tokens)
-      code = cpu_fail(error, ADRT_BAD_ARGUMENT, "logit row %d is token %d of %d", i, b->logit_rows[i], b->n_tokens);
+      code = cpu_fail(error, ADRT_BAD_ARGUMENT, "logit row %d is token %d of %d", i, b->logit_rows[i],
+                      b->n_tokens);
   return code;
 }
 
 static bool same_stack(const adrt_batch *b, int32_t run, int32_t other) {
   int32_t n = b->stack_start[run + 1] - b->stack_start[run];
   if (n != b->stack_start[other + 1] - b->stack_start[other]) return false;
-  return !n || !memcmp(b->stacks + b->stack_start[run], b->stacks + b->stack_start[other], (size_t)n * sizeof *b->stacks);
+  return !n || !memcmp(b->stacks + b->stack_start[run], b->stacks + b->stack_start[other],
+                       (size_t)n * sizeof *b->stacks);
 }
 
 /* Cut `count` rows, row i belonging to run run_of(i), where the adapter stack changes. */
-static int64_t cut_segments(const adrt_batch *b, const int32_t *run_of_token, const int32_t *rows, int64_t count,
-                            segment *out) {
+static int64_t cut_segments(const adrt_batch *b, const int32_t *run_of_token, const int32_t *rows,
+                            int64_t count, segment *out) {
   int64_t n = 0;
   int32_t previous = -1;
   for (int64_t i = 0; i < count; i++) {
@@ -125,8 +129,8 @@ static bool plan_application(plan *p, instruction *in, const segment *where, con
     p->shrinks = p->shrink_buffer.data;
     for (int64_t row = 0; row < t->v.rows; row += SHRINK_ROWS_PER_ITEM) {
       int64_t left = t->v.rows - row;
-      p->shrinks[p->n_shrinks++] = (shrink_job){
-          where, t, p->n_hidden, row, left < SHRINK_ROWS_PER_ITEM ? left : SHRINK_ROWS_PER_ITEM};
+      p->shrinks[p->n_shrinks++] =
+          (shrink_job){where, t, p->n_hidden, row, left < SHRINK_ROWS_PER_ITEM ? left : SHRINK_ROWS_PER_ITEM};
     }
     in->n_shrinks += jobs;
     int64_t hidden = cpu_product(where->count, t->v.rows, 1);
@@ -155,7 +159,8 @@ static bool plan_instruction(adrt_executable *e, instruction *in) {
   return true;
 }
 
-/* Where each product of a wave reads its activations: the register itself, a slot of its own, or one it shares. */
+/* Where each product of a wave reads its activations: the register itself, a slot of its own, or one it
+ * shares. */
 static void plan_inputs(adrt_executable *e, int32_t first, int32_t end) {
   int32_t slot = 0;
   for (int32_t i = first; i < end; i++) {

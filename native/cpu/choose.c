@@ -3,7 +3,9 @@
 
 static const kernels *const best_first[] = {
 #if defined(__x86_64__)
-    &cpu_kernels_vnni, &cpu_kernels_avx512, &cpu_kernels_avx2,
+    &cpu_kernels_vnni,
+    &cpu_kernels_avx512,
+    &cpu_kernels_avx2,
 #endif
     &cpu_kernels_portable,
 };

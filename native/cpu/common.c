@@ -16,7 +16,9 @@ int cpu_fail(adrt_error *error, int code, const char *format, ...) {
   return code;
 }
 
-int64_t cpu_align(int64_t value, int64_t alignment) { return (value + alignment - 1) / alignment * alignment; }
+int64_t cpu_align(int64_t value, int64_t alignment) {
+  return (value + alignment - 1) / alignment * alignment;
+}
 
 int64_t cpu_product(int64_t a, int64_t b, int64_t c) {
   const int64_t limit = (int64_t)1 << 62;

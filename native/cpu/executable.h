@@ -1,8 +1,8 @@
 /* A loaded program and the state of its steps.
  *
- * The program is cut into waves: runs of operations none of which reads what another of the wave writes. All threads
- * walk the waves together; a wave has two phases of independent items that threads take from a shared counter, and a
- * barrier after each phase that has any:
+ * The program is cut into waves: runs of operations none of which reads what another of the wave writes. All
+ * threads walk the waves together; a wave has two phases of independent items that threads take from a shared
+ * counter, and a barrier after each phase that has any:
  *
  *   phase      LINEAR, LOGITS                           ATTENTION           the others
  *   PREPARE    rearrange activations; adapters' V x     store k and v       -
@@ -17,10 +17,14 @@
 #include "pool.h"
 
 enum phase { PREPARE, COMPUTE, N_PHASES };
-enum { TOKENS_PER_ITEM = 4, SHRINK_ROWS_PER_ITEM = 4, GATHER = ADRT_LOGITS + 1 /* internal: picks logit rows */ };
+enum {
+  TOKENS_PER_ITEM = 4,
+  SHRINK_ROWS_PER_ITEM = 4,
+  GATHER = ADRT_LOGITS + 1 /* internal: picks logit rows */
+};
 
-/* U of an adapter term as panels [ceil(out/16)][rank][16], so that adding U h streams; shared between adapters whose
- * U has the same data pointer. */
+/* U of an adapter term as panels [ceil(out/16)][rank][16], so that adding U h streams; shared between
+ * adapters whose U has the same data pointer. */
 typedef struct u_panels {
   struct u_panels *next;
   const void *source;
@@ -89,7 +93,8 @@ typedef struct {
 
 typedef struct {
   int32_t kv_heads, head_dim;
-  int64_t k_offset, v_offset; /* bytes into a page: K [kv_heads][page_tokens][head_dim], V [kv_heads] panels */
+  int64_t k_offset,
+      v_offset; /* bytes into a page: K [kv_heads][page_tokens][head_dim], V [kv_heads] panels */
 } kv_layer;
 
 typedef struct {
@@ -116,7 +121,8 @@ typedef struct {
   int64_t n_shrinks;
   float *hidden;
   int64_t n_hidden;
-  buffer run_buffer, token_segment_buffer, logit_segment_buffer, application_buffer, shrink_buffer, hidden_buffer;
+  buffer run_buffer, token_segment_buffer, logit_segment_buffer, application_buffer, shrink_buffer,
+      hidden_buffer;
 } plan;
 
 struct adrt_executable {
@@ -125,9 +131,9 @@ struct adrt_executable {
   pool *pool;
   char description[96];
 
-  int32_t n_registers; /* with the internal one that GATHER fills */
+  int32_t n_registers;       /* with the internal one that GATHER fills */
   int64_t *widths, *strides; /* floats per token; strides are padded to 64, and the padding stays zero */
-  float **registers;   /* [n][stride] */
+  float **registers;         /* [n][stride] */
   buffer *register_buffers;
 
   int32_t n_instructions, n_waves, n_targets;
@@ -171,10 +177,12 @@ int cpu_validate_program(const adrt_program *program, adrt_error *error);
 int cpu_validate_batch(const adrt_executable *e, const adrt_batch *batch, adrt_error *error);
 int cpu_plan(adrt_executable *e, const adrt_batch *batch, adrt_error *error);
 
-int cpu_load(const adrt_program *program, const adrt_options *options, adrt_executable **out, adrt_error *error);
+int cpu_load(const adrt_program *program, const adrt_options *options, adrt_executable **out,
+             adrt_error *error);
 void cpu_unload(adrt_executable *e);
 int cpu_reserve(adrt_executable *e, int32_t n_pages, adrt_error *error);
-int cpu_attach(adrt_executable *e, int32_t n, const adrt_attachment *attachments, int32_t *handle, adrt_error *error);
+int cpu_attach(adrt_executable *e, int32_t n, const adrt_attachment *attachments, int32_t *handle,
+               adrt_error *error);
 int cpu_detach(adrt_executable *e, int32_t handle, adrt_error *error);
 void cpu_free_adapter(adrt_executable *e, adapter *a);
 int cpu_step(adrt_executable *e, const adrt_batch *batch, adrt_error *error);
@@ -193,7 +201,8 @@ static inline bool is_product(int32_t kind) { return kind == ADRT_LINEAR || kind
 static inline bool is_product_or_embed(int32_t kind) { return is_product(kind) || kind == ADRT_EMBED; }
 
 static inline int64_t tokens_of(const adrt_executable *e, const instruction *in) {
-  return in->op.kind == ADRT_LOGITS || in->op.kind == GATHER ? e->plan.batch->n_logits : e->plan.batch->n_tokens;
+  return in->op.kind == ADRT_LOGITS || in->op.kind == GATHER ? e->plan.batch->n_logits
+                                                             : e->plan.batch->n_tokens;
 }
 
 static inline int64_t items_of(int64_t count, int64_t per_item) { return (count + per_item - 1) / per_item; }

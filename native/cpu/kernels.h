@@ -1,7 +1,7 @@
 /* The table of inner loops that each instruction set fills in; everything above it is independent of the CPU.
  *
- * A result for one (row, token) is the same to the last bit however rows and tokens are grouped into calls: every
- * kernel of a table adds up a row's 64-weight blocks in the same order for one token as for many.
+ * A result for one (row, token) is the same to the last bit however rows and tokens are grouped into calls:
+ * every kernel of a table adds up a row's 64-weight blocks in the same order for one token as for many.
  */
 #ifndef CPU_KERNELS_H
 #define CPU_KERNELS_H
@@ -20,18 +20,19 @@ enum layout_of_x {
 typedef void product_kernel(const matrix *m, int64_t row0, int64_t n_rows, const float *x, int64_t x_stride,
                             int64_t n_tokens, float *y, int64_t y_stride);
 
-/* y[t * y_stride + r] += sum over k < rank of u[r / 16][k][r % 16] * h[t * h_stride + k], r < n_rows; the panels of
- * 16 rows are `panel_stride` items apart and complete. */
-typedef void expand_kernel(const void *panels, int64_t panel_stride, int64_t rank, int64_t n_rows, const float *h,
-                           int64_t h_stride, int64_t n_tokens, float *y, int64_t y_stride);
+/* y[t * y_stride + r] += sum over k < rank of u[r / 16][k][r % 16] * h[t * h_stride + k], r < n_rows; the
+ * panels of 16 rows are `panel_stride` items apart and complete. */
+typedef void expand_kernel(const void *panels, int64_t panel_stride, int64_t rank, int64_t n_rows,
+                           const float *h, int64_t h_stride, int64_t n_tokens, float *y, int64_t y_stride);
 
 typedef struct {
   const char *name;
   int isa;
-  bool (*ready)(void); /* can this CPU run them? Also fills the tables that they use */
+  bool (*ready)(void);             /* can this CPU run them? Also fills the tables that they use */
   product_kernel *exact[N_DTYPES]; /* nf4: cols a multiple of 64, X_SPLIT; the others X_PLAIN */
-  product_kernel *fast[N_DTYPES];  /* NULL: use exact; nf4: cols a multiple of 128, X_INT8_SPLIT; int8: X_INT8 */
-  expand_kernel *expand[3];        /* f32, f16, bf16 */
+  product_kernel
+      *fast[N_DTYPES];      /* NULL: use exact; nf4: cols a multiple of 128, X_INT8_SPLIT; int8: X_INT8 */
+  expand_kernel *expand[3]; /* f32, f16, bf16 */
   void (*quantize)(const float *x, int64_t n, bool split, float *out); /* for `fast`; n a multiple of 64 */
   void (*split)(const float *x, int64_t n, float *out);                /* X_SPLIT; n a multiple of 32 */
   void (*norm)(const float *x, const float *weight, float eps, int64_t n, float *out);
@@ -44,8 +45,8 @@ enum { SCALES_AT_ONCE = 1024 }; /* block scales that a product expands together,
 
 static inline int64_t blocks_of(const matrix *m) { return (m->cols + BLOCK - 1) / BLOCK; }
 
-/* Rows that no product kernel of their dtype reads: nf4 that starts inside a block, or more scales than fit. They are
- * decoded to float32 one by one. */
+/* Rows that no product kernel of their dtype reads: nf4 that starts inside a block, or more scales than fit.
+ * They are decoded to float32 one by one. */
 static inline bool needs_decoding(const matrix *m) {
   bool scaled = m->dtype == ADRT_NF4 || m->dtype == ADRT_INT8;
   return (m->dtype == ADRT_NF4 && m->cols % BLOCK) || (scaled && blocks_of(m) > SCALES_AT_ONCE);

@@ -27,7 +27,8 @@ static inline vec v_items(int dtype, const uint8_t *items) {
 
 static inline vec v_weights(int dtype, const uint8_t *block, int i) {
   if (dtype == ADRT_NF4) { /* vpermps reads only the low 4 bits of a lane: the other nibble needs no mask */
-    __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(const void *)(block + i / 2 * LANES)));
+    __m512i codes =
+        _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(const void *)(block + i / 2 * LANES)));
     if (i % 2 == 0) codes = _mm512_srli_epi32(codes, 4);
     return _mm512_permutexvar_ps(codes, _mm512_loadu_ps(NF4_CODEBOOK));
   }

@@ -25,8 +25,10 @@ static inline vec v_items(int dtype, const uint8_t *items) {
   memcpy(half, items, sizeof half);
   for (int i = 0; i < LANES; i++) {
     uint32_t bits = (uint32_t)half[i] << 16;
-    if (dtype == ADRT_F16) lane[i] = cpu_f16_to_f32(half[i]);
-    else memcpy(lane + i, &bits, 4);
+    if (dtype == ADRT_F16)
+      lane[i] = cpu_f16_to_f32(half[i]);
+    else
+      memcpy(lane + i, &bits, 4);
   }
   return v_load(lane);
 }

@@ -1,11 +1,11 @@
 /* Kernels for AVX-512 with VNNI and VBMI: integer products for the `fast` precision.
  *
- * Activations and codes are split into a high and a low byte, x = scale (hi + lo/256) with one scale a 64-block and
- * nf4 = (hi + lo/256) / 127, and the products hi hi, hi lo and lo hi are summed exactly: the error of a product is
- * about 5e-5 where one byte each would leave 7e-3. int8 weights are a high byte alone.
+ * Activations and codes are split into a high and a low byte, x = scale (hi + lo/256) with one scale a
+ * 64-block and nf4 = (hi + lo/256) / 127, and the products hi hi, hi lo and lo hi are summed exactly: the
+ * error of a product is about 5e-5 where one byte each would leave 7e-3. int8 weights are a high byte alone.
  *
- * vpdpbusd multiplies unsigned by signed bytes. Weights are the unsigned side, offset by 128; what the offset adds,
- * 128 * sum(x), is known when the activations are quantized and subtracted a row at a time.
+ * vpdpbusd multiplies unsigned by signed bytes. Weights are the unsigned side, offset by 128; what the offset
+ * adds, 128 * sum(x), is known when the activations are quantized and subtracted a row at a time.
  */
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -19,15 +19,17 @@ static void lookup_absmax_bytes(const uint8_t *q, int64_t n, float *out);
 
 enum { PAIR = 2 * BLOCK };
 
-/* Byte b of DYNAMIC_MAP's values, and the codebook times 127 as high and low bytes offset by 128. The codebook is
- * repeated 4 times: vpermb reads 6 bits of an index, so the other nibble in bits 4 and 5 needs no mask. */
+/* Byte b of DYNAMIC_MAP's values, and the codebook times 127 as high and low bytes offset by 128. The
+ * codebook is repeated 4 times: vpermb reads 6 bits of an index, so the other nibble in bits 4 and 5 needs no
+ * mask. */
 static uint8_t map_bytes[4][256], codebook_hi[64], codebook_lo[64];
 
 static void fill_tables(void) {
   for (int i = 0; i < 256; i++)
     for (int b = 0; b < 4; b++) map_bytes[b][i] = ((const uint8_t *)DYNAMIC_MAP)[4 * i + b];
   for (int i = 0; i < 64; i++) {
-    float scaled = NF4_CODEBOOK[i % 16] * 127.0f, high = roundf(scaled), low = roundf((scaled - high) * 256.0f);
+    float scaled = NF4_CODEBOOK[i % 16] * 127.0f, high = roundf(scaled),
+          low = roundf((scaled - high) * 256.0f);
     codebook_hi[i] = (uint8_t)(128 + (int)high);
     codebook_lo[i] = (uint8_t)(128 + (int)(low > 127.0f ? 127.0f : low));
   }
@@ -55,7 +57,8 @@ static void lookup_absmax_bytes(const uint8_t *q, int64_t n, float *out) {
     __m512i low23 = _mm512_unpacklo_epi8(b2, b3), high23 = _mm512_unpackhi_epi8(b2, b3);
     __m512i values[4] = {_mm512_unpacklo_epi16(low01, low23), _mm512_unpackhi_epi16(low01, low23),
                          _mm512_unpacklo_epi16(high01, high23), _mm512_unpackhi_epi16(high01, high23)};
-    for (int j = 0; j < 4; j++) _mm512_mask_storeu_epi32(out + i + 16 * j, (__mmask16)(present >> 16 * j), values[j]);
+    for (int j = 0; j < 4; j++)
+      _mm512_mask_storeu_epi32(out + i + 16 * j, (__mmask16)(present >> 16 * j), values[j]);
   }
 }
 
@@ -127,7 +130,8 @@ static void quantize(const float *x, int64_t n, bool split, float *out) {
 /* scale[0] in the lanes of the first block of a pair, scale[1] in those of the second. */
 INLINE __m512 pair_scale(const float *scale) {
   const __m512i lanes = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
-  return _mm512_permutexvar_ps(lanes, _mm512_castsi512_ps(_mm512_set1_epi64(*(const int64_t *)(const void *)scale)));
+  return _mm512_permutexvar_ps(lanes,
+                               _mm512_castsi512_ps(_mm512_set1_epi64(*(const int64_t *)(const void *)scale)));
 }
 
 INLINE __m512 weighted(__m512i high, __m512i middle, __m512 scale, __m512 acc) {
@@ -149,28 +153,32 @@ typedef struct {
   __m512i hi, lo;
 } tables;
 
-INLINE void add_pair(const tables *book, int tokens, const uint8_t *codes, const float *absmax, const int8_x *x,
-                     int64_t column, __m512 acc[4]) {
+INLINE void add_pair(const tables *book, int tokens, const uint8_t *codes, const float *absmax,
+                     const int8_x *x, int64_t column, __m512 acc[4]) {
   __m512i odd = _mm512_loadu_si512(codes), even = _mm512_srli_epi16(odd, 4), zero = _mm512_setzero_si512();
-  __m512i even_hi = _mm512_permutexvar_epi8(even, book->hi), even_lo = _mm512_permutexvar_epi8(even, book->lo);
+  __m512i even_hi = _mm512_permutexvar_epi8(even, book->hi),
+          even_lo = _mm512_permutexvar_epi8(even, book->lo);
   __m512i odd_hi = _mm512_permutexvar_epi8(odd, book->hi), odd_lo = _mm512_permutexvar_epi8(odd, book->lo);
   __m512 weight_scale = pair_scale(absmax);
 #pragma GCC unroll 4
   for (int t = 0; t < tokens; t++) {
-    __m512i x_even = _mm512_loadu_si512(x[t].hi + column), x_odd = _mm512_loadu_si512(x[t].hi + column + BLOCK);
-    __m512i low_even = _mm512_loadu_si512(x[t].lo + column), low_odd = _mm512_loadu_si512(x[t].lo + column + BLOCK);
+    __m512i x_even = _mm512_loadu_si512(x[t].hi + column),
+            x_odd = _mm512_loadu_si512(x[t].hi + column + BLOCK);
+    __m512i low_even = _mm512_loadu_si512(x[t].lo + column),
+            low_odd = _mm512_loadu_si512(x[t].lo + column + BLOCK);
     __m512i high = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, even_hi, x_even), odd_hi, x_odd);
     __m512i middle = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, even_hi, low_even), odd_hi, low_odd);
     __m512i other = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(middle, even_lo, x_even), odd_lo, x_odd);
     /* one token: its scales are in those of the weights already */
-    __m512 scale = tokens == 1 ? weight_scale : _mm512_mul_ps(weight_scale, pair_scale(x[t].scale + column / BLOCK));
+    __m512 scale =
+        tokens == 1 ? weight_scale : _mm512_mul_ps(weight_scale, pair_scale(x[t].scale + column / BLOCK));
     acc[t] = weighted(high, other, scale, acc[t]);
   }
 }
 
 /* `scales` are the row's, [blocks]; with one token, times the token's. */
-INLINE void nf4_tile(const matrix *m, const tables *book, int tokens, int64_t row, const float *scales, const int8_x *x,
-                     float *y, int64_t y_stride) {
+INLINE void nf4_tile(const matrix *m, const tables *book, int tokens, int64_t row, const float *scales,
+                     const int8_x *x, float *y, int64_t y_stride) {
   int64_t blocks = blocks_of(m);
   const uint8_t *codes = m->data + row * m->cols / 2;
   __m512 acc[4];
@@ -182,8 +190,8 @@ INLINE void nf4_tile(const matrix *m, const tables *book, int tokens, int64_t ro
   for (int t = 0; t < tokens; t++) y[t * y_stride] += _mm512_reduce_add_ps(acc[t]);
 }
 
-INLINE void int8_tile(const matrix *m, int tokens, int64_t row, const float *scales, const int8_x *x, float *y,
-                      int64_t y_stride) {
+INLINE void int8_tile(const matrix *m, int tokens, int64_t row, const float *scales, const int8_x *x,
+                      float *y, int64_t y_stride) {
   int64_t blocks = blocks_of(m);
   const uint8_t *codes = m->data + row * m->cols;
   const __m512i zero = _mm512_setzero_si512(), flip = _mm512_set1_epi8((char)0x80);
@@ -221,13 +229,15 @@ INLINE void int8_rows(const matrix *m, int dtype, const tables *book, int tokens
   for (int t = 0; t < tokens; t++) views[t] = int8_view(x + t * x_stride, m->cols);
   begin_rows(m, tokens, rows, scales, views, y, y_stride);
   for (int64_t r = 0; r < rows; r++) {
-    if (dtype == ADRT_NF4) nf4_tile(m, book, tokens, row0 + r, scales + r * blocks, views, y + r, y_stride);
-    else int8_tile(m, tokens, row0 + r, scales + r * blocks, views, y + r, y_stride);
+    if (dtype == ADRT_NF4)
+      nf4_tile(m, book, tokens, row0 + r, scales + r * blocks, views, y + r, y_stride);
+    else
+      int8_tile(m, tokens, row0 + r, scales + r * blocks, views, y + r, y_stride);
   }
 }
 
-INLINE void int8_product(const matrix *m, int dtype, int64_t row0, int64_t n_rows, const float *x, int64_t x_stride,
-                         int64_t n_tokens, float *y, int64_t y_stride) {
+INLINE void int8_product(const matrix *m, int dtype, int64_t row0, int64_t n_rows, const float *x,
+                         int64_t x_stride, int64_t n_tokens, float *y, int64_t y_stride) {
   float scales[SCALES_AT_ONCE];
   const tables book = {_mm512_loadu_si512(codebook_hi), _mm512_loadu_si512(codebook_lo)};
   int64_t at_once = rows_at_once(m, dtype, n_rows);
@@ -235,11 +245,14 @@ INLINE void int8_product(const matrix *m, int dtype, int64_t row0, int64_t n_row
     int64_t rows = n_rows - r < at_once ? n_rows - r : at_once, t = 0;
     expand_scales(m, dtype, row0 + r, rows, scales);
     for (; t + 4 <= n_tokens; t += 4)
-      int8_rows(m, dtype, &book, 4, row0 + r, rows, scales, x + t * x_stride, x_stride, y + t * y_stride + r, y_stride);
+      int8_rows(m, dtype, &book, 4, row0 + r, rows, scales, x + t * x_stride, x_stride, y + t * y_stride + r,
+                y_stride);
     for (; t + 2 <= n_tokens; t += 2)
-      int8_rows(m, dtype, &book, 2, row0 + r, rows, scales, x + t * x_stride, x_stride, y + t * y_stride + r, y_stride);
+      int8_rows(m, dtype, &book, 2, row0 + r, rows, scales, x + t * x_stride, x_stride, y + t * y_stride + r,
+                y_stride);
     if (t < n_tokens) /* the last: it overwrites the scales */
-      int8_rows(m, dtype, &book, 1, row0 + r, rows, scales, x + t * x_stride, x_stride, y + t * y_stride + r, y_stride);
+      int8_rows(m, dtype, &book, 1, row0 + r, rows, scales, x + t * x_stride, x_stride, y + t * y_stride + r,
+                y_stride);
   }
 }
 
@@ -253,7 +266,8 @@ DEFINE_FAST(fast_nf4, ADRT_NF4)
 
 static bool ready(void) {
   static pthread_once_t once = PTHREAD_ONCE_INIT;
-  if (!has_avx512() || !__builtin_cpu_supports("avx512vnni") || !__builtin_cpu_supports("avx512vbmi")) return false;
+  if (!has_avx512() || !__builtin_cpu_supports("avx512vnni") || !__builtin_cpu_supports("avx512vbmi"))
+    return false;
   pthread_once(&once, fill_tables);
   return true;
 }

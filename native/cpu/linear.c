@@ -48,8 +48,8 @@ static void shrink(const adrt_executable *e, const instruction *in, const shrink
       hidden[i * rank + r] *= t->d ? t->scale * t->d[job->row0 + r] : t->scale;
 }
 
-static void product_decoded(const instruction *in, int64_t row0, int64_t n_rows, int64_t n, float *y, int64_t stride,
-                              float *scratch) {
+static void product_decoded(const instruction *in, int64_t row0, int64_t n_rows, int64_t n, float *y,
+                            int64_t stride, float *scratch) {
   int64_t padded = cpu_align(in->weight.cols, BLOCK);
   const matrix row = {.dtype = ADRT_F32, .rows = 1, .cols = padded, .data = (const uint8_t *)scratch};
   memset(scratch, 0, (size_t)padded * sizeof *scratch);
@@ -95,7 +95,8 @@ static void compute_rows(const adrt_executable *e, const instruction *in, int64_
   for (int64_t i = 0; i < in->n_applications; i++) {
     const segment *where = applications[i].where;
     const float *c = applications[i].what->c;
-    for (int64_t t = where->start; c && t < where->start + where->count; t++) add(y + t * stride, c + row0, n_rows);
+    for (int64_t t = where->start; c && t < where->start + where->count; t++)
+      add(y + t * stride, c + row0, n_rows);
   }
 }
 
@@ -120,8 +121,8 @@ void cpu_linear(adrt_executable *e, const instruction *in, enum phase phase, int
 }
 
 /* The embedding's normal form has a one-hot x, so g_in and V are read at one column. */
-static void apply_embed(const adrt_executable *e, const attachment *a, int32_t token, int64_t width, float *out,
-                        float *hidden) {
+static void apply_embed(const adrt_executable *e, const attachment *a, int32_t token, int64_t width,
+                        float *out, float *hidden) {
   for (int32_t k = 0; k < a->n_terms; k++) {
     const term *t = &a->terms[k];
     for (int64_t r = 0; r < t->v.rows; r++)

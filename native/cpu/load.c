@@ -35,8 +35,8 @@ static int check_options(const adrt_options *o, adrt_error *error) {
     return cpu_fail(error, ADRT_BAD_ARGUMENT, "KV dtype %d (%s), expected f16 or f32", o->kv_dtype,
                     cpu_dtype_name(o->kv_dtype));
   if (o->page_tokens < 1 || o->page_tokens > MAX_PAGE_TOKENS || (o->page_tokens & (o->page_tokens - 1)))
-    return cpu_fail(error, ADRT_BAD_ARGUMENT, "pages of %d tokens, expected a power of two up to %d", o->page_tokens,
-                    MAX_PAGE_TOKENS);
+    return cpu_fail(error, ADRT_BAD_ARGUMENT, "pages of %d tokens, expected a power of two up to %d",
+                    o->page_tokens, MAX_PAGE_TOKENS);
   if (o->isa < ADRT_ISA_AUTO || o->isa > ADRT_ISA_AVX512_VNNI)
     return cpu_fail(error, ADRT_BAD_ARGUMENT, "unknown instruction set %d", o->isa);
   return ADRT_OK;
@@ -111,12 +111,14 @@ static bool load_weights(adrt_executable *e, const adrt_program *p, instruction 
 static int place_kv(adrt_executable *e, const adrt_op *op, adrt_error *error) {
   int64_t item = e->options.kv_dtype == ADRT_F16 ? 2 : 4;
   int64_t tokens = cpu_product(e->options.page_tokens, op->kv_heads, item);
-  int64_t k = cpu_product(tokens, op->head_dim, 1), v = cpu_product(tokens, cpu_align(op->head_dim, PANEL), 1);
+  int64_t k = cpu_product(tokens, op->head_dim, 1),
+          v = cpu_product(tokens, cpu_align(op->head_dim, PANEL), 1);
   const int64_t limit = (int64_t)1 << 46;
   if (k < 0 || v < 0 || k > limit || v > limit || e->page_bytes > limit)
     return cpu_fail(error, ADRT_BAD_ARGUMENT, "layer %d: a KV page of %d tokens, %d heads of %d is too large",
                     op->layer, e->options.page_tokens, op->kv_heads, op->head_dim);
-  e->kv_layers[op->layer] = (kv_layer){op->kv_heads, op->head_dim, e->page_bytes, e->page_bytes + cpu_align(k, 64)};
+  e->kv_layers[op->layer] =
+      (kv_layer){op->kv_heads, op->head_dim, e->page_bytes, e->page_bytes + cpu_align(k, 64)};
   e->page_bytes += cpu_align(k, 64) + cpu_align(v, 64);
   if (op->heads / op->kv_heads > e->max_group) e->max_group = op->heads / op->kv_heads;
   if (op->head_dim > e->max_head) e->max_head = op->head_dim;
@@ -134,9 +136,12 @@ static int load_instructions(adrt_executable *e, const adrt_program *p, adrt_err
     }
     e->n_instructions++;
     in->op = p->ops[i];
-    if (in->op.kind == ADRT_LOGITS) in->op.a = e->n_registers - 1;
-    else in->width = e->widths[in->op.out];
-    if (!load_weights(e, p, in)) return cpu_fail(error, ADRT_NO_MEMORY, "no memory for the vectors of op %d", i);
+    if (in->op.kind == ADRT_LOGITS)
+      in->op.a = e->n_registers - 1;
+    else
+      in->width = e->widths[in->op.out];
+    if (!load_weights(e, p, in))
+      return cpu_fail(error, ADRT_NO_MEMORY, "no memory for the vectors of op %d", i);
     if (in->op.kind == ADRT_ATTENTION) {
       int code = place_kv(e, &in->op, error);
       if (code != ADRT_OK) return code;
@@ -160,7 +165,8 @@ static bool depends_on(const adrt_op *later, const adrt_op *earlier) {
   registers_of(earlier, earlier_read, &earlier_written);
   if (written >= 0 && written == earlier_written) return true;
   for (int i = 0; i < 3; i++)
-    if ((read[i] >= 0 && read[i] == earlier_written) || (written >= 0 && written == earlier_read[i])) return true;
+    if ((read[i] >= 0 && read[i] == earlier_written) || (written >= 0 && written == earlier_read[i]))
+      return true;
   return false;
 }
 
@@ -170,10 +176,12 @@ static void cut_waves(adrt_executable *e) {
   for (int32_t i = 0; i < e->n_instructions; i++) {
     int32_t first = e->n_waves ? e->wave_start[e->n_waves - 1] : 0;
     bool cut = e->n_waves == 0;
-    for (int32_t j = first; !cut && j < i; j++) cut = depends_on(&e->instructions[i].op, &e->instructions[j].op);
+    for (int32_t j = first; !cut && j < i; j++)
+      cut = depends_on(&e->instructions[i].op, &e->instructions[j].op);
     if (cut) e->wave_start[e->n_waves++] = i;
     int32_t products = 0;
-    for (int32_t j = e->wave_start[e->n_waves - 1]; j <= i; j++) products += is_product(e->instructions[j].op.kind);
+    for (int32_t j = e->wave_start[e->n_waves - 1]; j <= i; j++)
+      products += is_product(e->instructions[j].op.kind);
     if (products > e->n_slots) e->n_slots = products;
   }
   e->wave_start[e->n_waves] = e->n_instructions;
@@ -191,7 +199,8 @@ static bool allocate_tables(adrt_executable *e, const adrt_program *p) {
          (e->instructions = cpu_calloc(ops, sizeof *e->instructions)) &&
          (e->wave_start = cpu_calloc(ops + 1, sizeof *e->wave_start)) &&
          (e->next_item = cpu_calloc(ops * N_PHASES, sizeof *e->next_item)) &&
-         (e->instruction_of_target = cpu_calloc((int64_t)p->n_targets + 1, sizeof *e->instruction_of_target)) &&
+         (e->instruction_of_target =
+              cpu_calloc((int64_t)p->n_targets + 1, sizeof *e->instruction_of_target)) &&
          (e->rope_tables = cpu_calloc(ops, sizeof *e->rope_tables)) &&
          (e->rope_buffers = cpu_calloc(ops, sizeof *e->rope_buffers)) &&
          (e->kv_layers = cpu_calloc(ops, sizeof *e->kv_layers)) &&
@@ -218,7 +227,8 @@ static int build(adrt_executable *e, const adrt_program *p, adrt_error *error) {
   return ADRT_OK;
 }
 
-int cpu_load(const adrt_program *program, const adrt_options *options, adrt_executable **out, adrt_error *error) {
+int cpu_load(const adrt_program *program, const adrt_options *options, adrt_executable **out,
+             adrt_error *error) {
   if (!program || !options || !out) return cpu_fail(error, ADRT_BAD_ARGUMENT, "load: a NULL argument");
   *out = NULL;
   int code = check_options(options, error);
@@ -231,8 +241,10 @@ int cpu_load(const adrt_program *program, const adrt_options *options, adrt_exec
   e->options = *options;
   e->kernels = k;
   code = build(e, program, error);
-  if (code == ADRT_OK) *out = e;
-  else cpu_unload(e);
+  if (code == ADRT_OK)
+    *out = e;
+  else
+    cpu_unload(e);
   return code;
 }
 

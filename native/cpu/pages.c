@@ -15,8 +15,8 @@ int cpu_reserve(adrt_executable *e, int32_t n_pages, adrt_error *error) {
   }
   for (; e->n_pages < n_pages; e->n_pages++) {
     if (!(e->pages[e->n_pages] = cpu_calloc(e->page_bytes, 1)))
-      return cpu_fail(error, ADRT_NO_MEMORY, "no memory for KV page %d of %d, %lld bytes each", e->n_pages, n_pages,
-                      (long long)e->page_bytes);
+      return cpu_fail(error, ADRT_NO_MEMORY, "no memory for KV page %d of %d, %lld bytes each", e->n_pages,
+                      n_pages, (long long)e->page_bytes);
   }
   return ADRT_OK;
 }

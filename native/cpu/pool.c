@@ -1,5 +1,6 @@
-/* Workers sleep on a condition variable between jobs, so that an idle model costs nothing and the caller's other
- * threads get their cores; inside a job, barriers are microseconds apart, so they spin and then yield. */
+/* Workers sleep on a condition variable between jobs, so that an idle model costs nothing and the caller's
+ * other threads get their cores; inside a job, barriers are microseconds apart, so they spin and soon yield,
+ * for when others want the cores, the thread waited for may need this one. */
 #include "pool.h"
 
 #include <pthread.h>
@@ -8,7 +9,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 
-enum { SPINS_BEFORE_YIELD = 2000 };
+enum { SPINS_BEFORE_YIELD = 200 };
 
 struct pool {
   int32_t threads;
@@ -47,8 +48,10 @@ void pool_barrier(pool *p) {
     return;
   }
   for (int spins = 0; atomic_load_explicit(&p->phase, memory_order_acquire) == phase; spins++) {
-    if (spins < SPINS_BEFORE_YIELD) relax();
-    else sched_yield();
+    if (spins < SPINS_BEFORE_YIELD)
+      relax();
+    else
+      sched_yield();
   }
 }
 

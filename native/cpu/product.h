@@ -2,12 +2,11 @@
  *
  * The including file defines: vec, LANES (floats in a vec), TILE_ROWS (rows decoded together for 4 tokens),
  * v_zero, v_set1, v_load, v_store, v_mul, v_add, v_fma (a * b + c), v_sum, and
- *   v_weights(dtype, block, i)   vec i of a 64-weight block: its values, or the unscaled codes of int8 and nf4
- *   v_items(dtype, items)        LANES values of f32, f16 or bf16
- * and may define LOOKUP_ABSMAX.
+ *   v_weights(dtype, block, i)   vec i of a 64-weight block: its values, or the unscaled codes of int8 and
+ * nf4 v_items(dtype, items)        LANES values of f32, f16 or bf16 and may define LOOKUP_ABSMAX.
  *
- * The canonical order: in a block, lane by lane, vec 0 to the last; then, times the block's scale, onto the row's
- * accumulator; lanes are summed at the end.
+ * The canonical order: in a block, lane by lane, vec 0 to the last; then, times the block's scale, onto the
+ * row's accumulator; lanes are summed at the end.
  */
 #ifndef CPU_PRODUCT_H
 #define CPU_PRODUCT_H
@@ -23,7 +22,10 @@ enum { BLOCK_VECS = BLOCK / LANES, PANEL_VECS = PANEL / LANES, PREFETCH_BYTES = 
 INLINE bool is_scaled(int dtype) { return dtype == ADRT_INT8 || dtype == ADRT_NF4; }
 
 INLINE int64_t block_bytes(int dtype) {
-  return dtype == ADRT_F32 ? 4 * BLOCK : dtype == ADRT_NF4 ? BLOCK / 2 : dtype == ADRT_INT8 ? BLOCK : 2 * BLOCK;
+  return dtype == ADRT_F32    ? 4 * BLOCK
+         : dtype == ADRT_NF4  ? BLOCK / 2
+         : dtype == ADRT_INT8 ? BLOCK
+                              : 2 * BLOCK;
 }
 
 INLINE int64_t row_bytes(int dtype, int64_t cols) {
@@ -43,7 +45,9 @@ static inline void expand_int8_scales(const uint16_t *scales, int64_t n, float *
 static inline void lookup_absmax(const uint8_t *q, int64_t n, float *out) {
   for (int64_t i = 0; i < n; i++) {
     uint32_t code = q[i];
-    __asm__("" : "+r"(code)); /* a lookup that the compiler vectorizes is several times slower than these loads */
+    __asm__(
+        ""
+        : "+r"(code)); /* a lookup that the compiler vectorizes is several times slower than these loads */
     out[i] = DYNAMIC_MAP[code];
   }
 }
@@ -51,7 +55,8 @@ static inline void lookup_absmax(const uint8_t *q, int64_t n, float *out) {
 
 static inline void expand_absmax(const matrix *m, int64_t block, int64_t n, float *out) {
   LOOKUP_ABSMAX(m->absmax + block, n, out);
-  for (int64_t i = 0, stop; i < n; i = stop) { /* product and sum are rounded apart, as the quantizer defines them */
+  for (int64_t i = 0, stop; i < n;
+       i = stop) { /* product and sum are rounded apart, as the quantizer defines them */
     float nested;
     memcpy(&nested, m->nested + (block + i) / NESTED_BLOCK * 4, 4);
     stop = ((block + i) / NESTED_BLOCK + 1) * NESTED_BLOCK - block;
@@ -60,8 +65,8 @@ static inline void expand_absmax(const matrix *m, int64_t block, int64_t n, floa
   }
 }
 
-/* Scales [rows][blocks of a row] of consecutive rows, at most SCALES_AT_ONCE; one pass for many rows, since each
- * costs a stall between the stores of the lookup and the loads after it. */
+/* Scales [rows][blocks of a row] of consecutive rows, at most SCALES_AT_ONCE; one pass for many rows, since
+ * each costs a stall between the stores of the lookup and the loads after it. */
 static inline void expand_scales(const matrix *m, int dtype, int64_t row, int64_t rows, float *out) {
   int64_t blocks = blocks_of(m);
   if (dtype == ADRT_INT8) expand_int8_scales(m->scales + row * blocks, rows * blocks, out);
@@ -94,13 +99,14 @@ INLINE void add_block(int dtype, int rows, int tokens, const uint8_t *const *blo
   for (int r = 0; r < rows; r++) {
 #pragma GCC unroll 4
     for (int t = 0; t < tokens; t++)
-      acc[r][t] = is_scaled(dtype) ? v_fma(v_set1(scale[r]), sum[r][t], acc[r][t]) : v_add(acc[r][t], sum[r][t]);
+      acc[r][t] =
+          is_scaled(dtype) ? v_fma(v_set1(scale[r]), sum[r][t], acc[r][t]) : v_add(acc[r][t], sum[r][t]);
   }
 }
 
 /* The columns after the last whole block, padded with zeros; nf4 rows have none. */
-INLINE void add_tail(const matrix *m, int dtype, int rows, int tokens, const uint8_t *const *tail, const float *scale,
-                     const float *x, int64_t x_stride, vec acc[TILE_ROWS][4]) {
+INLINE void add_tail(const matrix *m, int dtype, int rows, int tokens, const uint8_t *const *tail,
+                     const float *scale, const float *x, int64_t x_stride, vec acc[TILE_ROWS][4]) {
   uint8_t padded[TILE_ROWS][4 * BLOCK];
   const uint8_t *block[TILE_ROWS];
   for (int r = 0; r < rows; r++) {
@@ -125,16 +131,18 @@ INLINE void product_tile(const matrix *m, int dtype, int rows, int tokens, int64
   for (int64_t b = 0; b < blocks; b++) {
     for (int r = 0; r < rows; r++) scale[r] = is_scaled(dtype) ? scales[r * blocks + b] : 0;
     if (tokens < 4) __builtin_prefetch(block[0] + PREFETCH_BYTES);
-    if (b < whole) add_block(dtype, rows, tokens, block, scale, x + b * BLOCK, x_stride, acc);
-    else add_tail(m, dtype, rows, tokens, block, scale, x + b * BLOCK, x_stride, acc);
+    if (b < whole)
+      add_block(dtype, rows, tokens, block, scale, x + b * BLOCK, x_stride, acc);
+    else
+      add_tail(m, dtype, rows, tokens, block, scale, x + b * BLOCK, x_stride, acc);
     for (int r = 0; r < rows; r++) block[r] += block_bytes(dtype);
   }
   for (int r = 0; r < rows; r++)
     for (int t = 0; t < tokens; t++) y[t * y_stride + r] = v_sum(acc[r][t]);
 }
 
-INLINE void product_rows(const matrix *m, int dtype, int tokens, int64_t row0, int64_t n_rows, const float *scales,
-                         const float *x, int64_t x_stride, float *y, int64_t y_stride) {
+INLINE void product_rows(const matrix *m, int dtype, int tokens, int64_t row0, int64_t n_rows,
+                         const float *scales, const float *x, int64_t x_stride, float *y, int64_t y_stride) {
   int64_t r = 0, blocks = is_scaled(dtype) ? blocks_of(m) : 0;
   for (; tokens == 4 && r + TILE_ROWS <= n_rows; r += TILE_ROWS)
     product_tile(m, dtype, TILE_ROWS, 4, row0 + r, scales + r * blocks, x, x_stride, y + r, y_stride);
@@ -142,26 +150,29 @@ INLINE void product_rows(const matrix *m, int dtype, int tokens, int64_t row0, i
     product_tile(m, dtype, 1, tokens, row0 + r, scales + r * blocks, x, x_stride, y + r, y_stride);
 }
 
-INLINE void product(const matrix *m, int dtype, int64_t row0, int64_t n_rows, const float *x, int64_t x_stride,
-                    int64_t n_tokens, float *y, int64_t y_stride) {
+INLINE void product(const matrix *m, int dtype, int64_t row0, int64_t n_rows, const float *x,
+                    int64_t x_stride, int64_t n_tokens, float *y, int64_t y_stride) {
   float scales[SCALES_AT_ONCE];
   int64_t at_once = rows_at_once(m, dtype, n_rows);
   for (int64_t r = 0; r < n_rows; r += at_once) {
     int64_t rows = n_rows - r < at_once ? n_rows - r : at_once, t = 0;
     expand_scales(m, dtype, row0 + r, rows, scales);
     for (; t + 4 <= n_tokens; t += 4)
-      product_rows(m, dtype, 4, row0 + r, rows, scales, x + t * x_stride, x_stride, y + t * y_stride + r, y_stride);
+      product_rows(m, dtype, 4, row0 + r, rows, scales, x + t * x_stride, x_stride, y + t * y_stride + r,
+                   y_stride);
     for (; t + 2 <= n_tokens; t += 2)
-      product_rows(m, dtype, 2, row0 + r, rows, scales, x + t * x_stride, x_stride, y + t * y_stride + r, y_stride);
+      product_rows(m, dtype, 2, row0 + r, rows, scales, x + t * x_stride, x_stride, y + t * y_stride + r,
+                   y_stride);
     if (t < n_tokens)
-      product_rows(m, dtype, 1, row0 + r, rows, scales, x + t * x_stride, x_stride, y + t * y_stride + r, y_stride);
+      product_rows(m, dtype, 1, row0 + r, rows, scales, x + t * x_stride, x_stride, y + t * y_stride + r,
+                   y_stride);
   }
 }
 
-#define DEFINE_PRODUCT(name, dtype)                                                                              \
-  static void name(const matrix *m, int64_t row0, int64_t n_rows, const float *x, int64_t x_stride,              \
-                   int64_t n_tokens, float *y, int64_t y_stride) {                                               \
-    product(m, dtype, row0, n_rows, x, x_stride, n_tokens, y, y_stride);                                         \
+#define DEFINE_PRODUCT(name, dtype)                                                                 \
+  static void name(const matrix *m, int64_t row0, int64_t n_rows, const float *x, int64_t x_stride, \
+                   int64_t n_tokens, float *y, int64_t y_stride) {                                  \
+    product(m, dtype, row0, n_rows, x, x_stride, n_tokens, y, y_stride);                            \
   }
 DEFINE_PRODUCT(product_f32, ADRT_F32)
 DEFINE_PRODUCT(product_f16, ADRT_F16)
@@ -170,8 +181,8 @@ DEFINE_PRODUCT(product_int8, ADRT_INT8)
 DEFINE_PRODUCT(product_nf4, ADRT_NF4)
 
 /* One panel of 16 rows for `tokens` tokens: y += panel^T h. */
-INLINE void expand_tile(int dtype, int tokens, const uint8_t *panel, int64_t rank, const float *h, int64_t h_stride,
-                        float *y, int64_t y_stride) {
+INLINE void expand_tile(int dtype, int tokens, const uint8_t *panel, int64_t rank, const float *h,
+                        int64_t h_stride, float *y, int64_t y_stride) {
   const int64_t item = dtype == ADRT_F32 ? 4 : 2;
   vec acc[4][PANEL_VECS];
   for (int t = 0; t < tokens; t++)
@@ -202,8 +213,8 @@ INLINE void expand_partial(int dtype, const uint8_t *panel, int64_t rank, int64_
   }
 }
 
-INLINE void expand(int dtype, const uint8_t *panel, int64_t panel_stride, int64_t rank, int64_t n_rows, const float *h,
-                   int64_t h_stride, int64_t n_tokens, float *y, int64_t y_stride) {
+INLINE void expand(int dtype, const uint8_t *panel, int64_t panel_stride, int64_t rank, int64_t n_rows,
+                   const float *h, int64_t h_stride, int64_t n_tokens, float *y, int64_t y_stride) {
   const int64_t step = panel_stride * (dtype == ADRT_F32 ? 4 : 2);
   for (; n_rows >= PANEL; n_rows -= PANEL, panel += step, y += PANEL) {
     int64_t t = 0;
@@ -215,19 +226,19 @@ INLINE void expand(int dtype, const uint8_t *panel, int64_t panel_stride, int64_
   if (n_rows) expand_partial(dtype, panel, rank, n_rows, h, h_stride, n_tokens, y, y_stride);
 }
 
-#define DEFINE_EXPAND(name, dtype)                                                                               \
-  static void name(const void *panels, int64_t panel_stride, int64_t rank, int64_t n_rows, const float *h,       \
-                   int64_t h_stride, int64_t n_tokens, float *y, int64_t y_stride) {                             \
-    expand(dtype, panels, panel_stride, rank, n_rows, h, h_stride, n_tokens, y, y_stride);                       \
+#define DEFINE_EXPAND(name, dtype)                                                                         \
+  static void name(const void *panels, int64_t panel_stride, int64_t rank, int64_t n_rows, const float *h, \
+                   int64_t h_stride, int64_t n_tokens, float *y, int64_t y_stride) {                       \
+    expand(dtype, panels, panel_stride, rank, n_rows, h, h_stride, n_tokens, y, y_stride);                 \
   }
 DEFINE_EXPAND(expand_f32, ADRT_F32)
 DEFINE_EXPAND(expand_f16, ADRT_F16)
 DEFINE_EXPAND(expand_bf16, ADRT_BF16)
 
 /* The slots of a kernel table that this file and elementwise.h fill. */
-#define COMMON_KERNELS                                                                                           \
-  .exact = {product_f32, product_f16, product_bf16, product_int8, product_nf4},                                  \
-  .expand = {expand_f32, expand_f16, expand_bf16}, .split = split, .norm = norm, .gated = gated, .scale = scale, \
-  .softmax = softmax
+#define COMMON_KERNELS                                                                           \
+  .exact = {product_f32, product_f16, product_bf16, product_int8, product_nf4},                  \
+  .expand = {expand_f32, expand_f16, expand_bf16}, .split = split, .norm = norm, .gated = gated, \
+  .scale = scale, .softmax = softmax
 
 #endif

@@ -31,11 +31,13 @@ static void token_op(adrt_executable *e, const instruction *in, int64_t t, float
       k->scale(row_of(e, op->a, t), op->value[0], op->value[1], in->width, row_of(e, op->out, t));
       break;
     default: /* GATHER */
-      memcpy(row_of(e, op->out, t), row_of(e, op->a, e->plan.batch->logit_rows[t]), (size_t)in->width * sizeof(float));
+      memcpy(row_of(e, op->out, t), row_of(e, op->a, e->plan.batch->logit_rows[t]),
+             (size_t)in->width * sizeof(float));
   }
 }
 
-static void run_item(adrt_executable *e, const instruction *in, enum phase phase, int64_t item, float *scratch) {
+static void run_item(adrt_executable *e, const instruction *in, enum phase phase, int64_t item,
+                     float *scratch) {
   if (is_product(in->op.kind)) {
     cpu_linear(e, in, phase, item, scratch);
   } else if (in->op.kind == ADRT_ATTENTION) {
@@ -75,12 +77,14 @@ static void walk_waves(void *executable, int32_t thread) {
 int cpu_step(adrt_executable *e, const adrt_batch *batch, adrt_error *error) {
   if (!e || !batch) return cpu_fail(error, ADRT_BAD_ARGUMENT, "step: a NULL argument");
   if (!pool_is_ours(e->pool))
-    return cpu_fail(error, ADRT_UNAVAILABLE, "step: the model was loaded by the parent of this forked process");
+    return cpu_fail(error, ADRT_UNAVAILABLE,
+                    "step: the model was loaded by the parent of this forked process");
   int code = cpu_validate_batch(e, batch, error);
   if (code == ADRT_OK) code = cpu_plan(e, batch, error);
   if (code != ADRT_OK) return code;
   cpu_fill_rope_tables(e);
-  for (int32_t i = 0; i < e->n_waves * N_PHASES; i++) atomic_store_explicit(&e->next_item[i], 0, memory_order_relaxed);
+  for (int32_t i = 0; i < e->n_waves * N_PHASES; i++)
+    atomic_store_explicit(&e->next_item[i], 0, memory_order_relaxed);
   pool_run(e->pool, walk_waves, e);
   e->plan.batch = NULL;
   return ADRT_OK;

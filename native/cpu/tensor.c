@@ -10,7 +10,8 @@ const char *cpu_dtype_name(int32_t dtype) {
 }
 
 static const int32_t item_bytes[N_DTYPES] = {4, 2, 2, 1, 0};
-static const int32_t item_alignment[N_DTYPES] = {4, 2, 2, 2, 4}; /* of the parts, which start at multiples of 64 */
+static const int32_t item_alignment[N_DTYPES] = {4, 2, 2, 2,
+                                                 4}; /* of the parts, which start at multiples of 64 */
 
 /* Byte offsets of the parts and the whole size, or false when the count overflows. */
 typedef struct {
@@ -41,8 +42,8 @@ int cpu_matrix(const adrt_tensor *t, const char *what, int64_t index, matrix *ou
     return cpu_fail(error, ADRT_BAD_ARGUMENT, "%s %lld: unknown dtype %d", what, (long long)index, t->dtype);
   layout parts;
   if (t->rows < 1 || t->cols < 1 || !lay_out(t->dtype, t->rows, t->cols, &parts))
-    return cpu_fail(error, ADRT_BAD_ARGUMENT, "%s %lld: impossible shape [%lld, %lld]", what, (long long)index,
-                    (long long)t->rows, (long long)t->cols);
+    return cpu_fail(error, ADRT_BAD_ARGUMENT, "%s %lld: impossible shape [%lld, %lld]", what,
+                    (long long)index, (long long)t->rows, (long long)t->cols);
   if ((uint64_t)parts.bytes != t->bytes)
     return cpu_fail(error, ADRT_BAD_ARGUMENT, "%s %lld: %s [%lld, %lld] needs %lld bytes, got %llu", what,
                     (long long)index, cpu_dtype_name(t->dtype), (long long)t->rows, (long long)t->cols,
@@ -120,9 +121,9 @@ float cpu_element(const matrix *m, int64_t row, int64_t col) {
     case ADRT_F16: memcpy(&half, m->data + 2 * i, 2); return cpu_f16_to_f32(half);
     case ADRT_BF16: memcpy(&half, m->data + 2 * i, 2); return bf16_to_f32(half);
     case ADRT_INT8:
-      return (float)(int8_t)m->data[i] * bf16_to_f32(m->scales[row * ((m->cols + BLOCK - 1) / BLOCK) + col / BLOCK]);
-    default:
-      return NF4_CODEBOOK[m->data[i / 2] >> (i % 2 ? 0 : 4) & 15] * absmax_at(m, i / BLOCK);
+      return (float)(int8_t)m->data[i] *
+             bf16_to_f32(m->scales[row * ((m->cols + BLOCK - 1) / BLOCK) + col / BLOCK]);
+    default: return NF4_CODEBOOK[m->data[i / 2] >> (i % 2 ? 0 : 4) & 15] * absmax_at(m, i / BLOCK);
   }
 }
 

@@ -23,16 +23,16 @@ static int reg_ok(const check *c, const char *role, int32_t reg, int64_t width) 
                     kind_name(c->op->kind), role, reg, c->program->n_registers);
   int64_t found = c->program->register_widths[reg];
   if (found != width)
-    return cpu_fail(c->error, ADRT_BAD_ARGUMENT, "op %d (%s): %s, register %d, is %lld wide, expected %lld", c->index,
-                    kind_name(c->op->kind), role, reg, (long long)found, (long long)width);
+    return cpu_fail(c->error, ADRT_BAD_ARGUMENT, "op %d (%s): %s, register %d, is %lld wide, expected %lld",
+                    c->index, kind_name(c->op->kind), role, reg, (long long)found, (long long)width);
   return ADRT_OK;
 }
 
 static int source_ok(const check *c, const char *role, int32_t reg, int64_t width) {
   int code = reg_ok(c, role, reg, width);
   if (code == ADRT_OK && !c->written[reg])
-    return cpu_fail(c->error, ADRT_BAD_ARGUMENT, "op %d (%s): %s, register %d, is read before it is written", c->index,
-                    kind_name(c->op->kind), role, reg);
+    return cpu_fail(c->error, ADRT_BAD_ARGUMENT, "op %d (%s): %s, register %d, is read before it is written",
+                    c->index, kind_name(c->op->kind), role, reg);
   return code;
 }
 
@@ -52,8 +52,9 @@ static int tensor_ok(const check *c, const char *role, int32_t tensor, int64_t r
                     kind_name(c->op->kind), role, tensor, c->program->n_tensors);
   const adrt_tensor *t = &c->program->tensors[tensor];
   if ((rows >= 0 && t->rows != rows) || (cols >= 0 && t->cols != cols))
-    return cpu_fail(c->error, ADRT_BAD_ARGUMENT, "op %d (%s): %s, tensor %d, is [%lld, %lld], expected [%lld, %lld]",
-                    c->index, kind_name(c->op->kind), role, tensor, (long long)t->rows, (long long)t->cols,
+    return cpu_fail(c->error, ADRT_BAD_ARGUMENT,
+                    "op %d (%s): %s, tensor %d, is [%lld, %lld], expected [%lld, %lld]", c->index,
+                    kind_name(c->op->kind), role, tensor, (long long)t->rows, (long long)t->cols,
                     (long long)(rows >= 0 ? rows : t->rows), (long long)(cols >= 0 ? cols : t->cols));
   return ADRT_OK;
 }
@@ -61,14 +62,14 @@ static int tensor_ok(const check *c, const char *role, int32_t tensor, int64_t r
 static int heads_ok(const check *c, int32_t kv_heads) {
   const adrt_op *op = c->op;
   if (op->heads < 1 || op->head_dim < 1 || kv_heads < 1 || op->heads % kv_heads)
-    return cpu_fail(c->error, ADRT_BAD_ARGUMENT, "op %d (%s): impossible %d heads, %d KV heads of %d", c->index,
-                    kind_name(op->kind), op->heads, kv_heads, op->head_dim);
+    return cpu_fail(c->error, ADRT_BAD_ARGUMENT, "op %d (%s): impossible %d heads, %d KV heads of %d",
+                    c->index, kind_name(op->kind), op->heads, kv_heads, op->head_dim);
   return ADRT_OK;
 }
 
-#define TRY(expression)                     \
-  do {                                      \
-    int try_code = (expression);            \
+#define TRY(expression)                       \
+  do {                                        \
+    int try_code = (expression);              \
     if (try_code != ADRT_OK) return try_code; \
   } while (0)
 
@@ -99,8 +100,8 @@ static int rope_ok(const check *c) {
     return cpu_fail(c->error, ADRT_BAD_ARGUMENT, "op %d (ROPE): head_dim %d is odd", c->index, op->head_dim);
   TRY(tensor_ok(c, "weight", op->weight, 1, op->head_dim / 2));
   if (c->program->tensors[op->weight].dtype != ADRT_F32)
-    return cpu_fail(c->error, ADRT_BAD_ARGUMENT, "op %d (ROPE): inverse frequencies are %s, expected f32", c->index,
-                    cpu_dtype_name(c->program->tensors[op->weight].dtype));
+    return cpu_fail(c->error, ADRT_BAD_ARGUMENT, "op %d (ROPE): inverse frequencies are %s, expected f32",
+                    c->index, cpu_dtype_name(c->program->tensors[op->weight].dtype));
   TRY(source_ok(c, "a", op->a, (int64_t)op->heads * op->head_dim));
   return destination_ok(c, (int64_t)op->heads * op->head_dim);
 }
@@ -109,13 +110,13 @@ static int attention_ok(const check *c) {
   const adrt_op *op = c->op;
   TRY(heads_ok(c, op->kv_heads));
   if (op->layer < 0 || op->layer >= c->program->n_ops)
-    return cpu_fail(c->error, ADRT_BAD_ARGUMENT, "op %d (ATTENTION): layer %d of a program of %d operations", c->index,
-                    op->layer, c->program->n_ops);
+    return cpu_fail(c->error, ADRT_BAD_ARGUMENT, "op %d (ATTENTION): layer %d of a program of %d operations",
+                    c->index, op->layer, c->program->n_ops);
   for (int32_t i = 0; i < c->index; i++) {
     const adrt_op *other = &c->program->ops[i];
     if (other->kind == ADRT_ATTENTION && other->layer == op->layer)
-      return cpu_fail(c->error, ADRT_BAD_ARGUMENT, "op %d (ATTENTION): layer %d belongs to op %d", c->index, op->layer,
-                      i);
+      return cpu_fail(c->error, ADRT_BAD_ARGUMENT, "op %d (ATTENTION): layer %d belongs to op %d", c->index,
+                      op->layer, i);
   }
   TRY(source_ok(c, "a", op->a, (int64_t)op->heads * op->head_dim));
   TRY(source_ok(c, "b", op->b, (int64_t)op->kv_heads * op->head_dim));
@@ -154,23 +155,27 @@ static int ops_ok(const adrt_program *p, bool *written, int32_t *uses, adrt_erro
     check c = {p, op, i, written, error};
     TRY(op_ok(&c));
     if ((op->kind == ADRT_LOGITS) != (i == p->n_ops - 1))
-      return cpu_fail(error, ADRT_BAD_ARGUMENT, "op %d of %d (%s): LOGITS must be the last operation, and only that", i,
-                      p->n_ops, kind_name(op->kind));
+      return cpu_fail(error, ADRT_BAD_ARGUMENT,
+                      "op %d of %d (%s): LOGITS must be the last operation, and only that", i, p->n_ops,
+                      kind_name(op->kind));
     if (!is_product_or_embed(op->kind) || op->target == -1) continue;
     if (op->target < 0 || op->target >= p->n_targets || uses[op->target]++)
-      return cpu_fail(error, ADRT_BAD_ARGUMENT, "op %d (%s): target %d is %s", i, kind_name(op->kind), op->target,
+      return cpu_fail(error, ADRT_BAD_ARGUMENT, "op %d (%s): target %d is %s", i, kind_name(op->kind),
+                      op->target,
                       op->target >= 0 && op->target < p->n_targets ? "named twice" : "out of range");
   }
   for (int32_t i = 0; i < p->n_targets; i++)
-    if (!uses[i]) return cpu_fail(error, ADRT_BAD_ARGUMENT, "target %d of %d is named by no op", i, p->n_targets);
+    if (!uses[i])
+      return cpu_fail(error, ADRT_BAD_ARGUMENT, "target %d of %d is named by no op", i, p->n_targets);
   return ADRT_OK;
 }
 
 static int counts_ok(const adrt_program *p, adrt_error *error) {
   if (p->n_registers < 1 || p->n_tensors < 1 || p->n_ops < 1 || p->n_targets < 0 || p->n_targets > p->n_ops ||
       p->n_registers > 1 << 16 || p->n_ops > 1 << 16)
-    return cpu_fail(error, ADRT_BAD_ARGUMENT, "impossible program: %d registers, %d tensors, %d ops, %d targets",
-                    p->n_registers, p->n_tensors, p->n_ops, p->n_targets);
+    return cpu_fail(error, ADRT_BAD_ARGUMENT,
+                    "impossible program: %d registers, %d tensors, %d ops, %d targets", p->n_registers,
+                    p->n_tensors, p->n_ops, p->n_targets);
   if (!p->register_widths || !p->tensors || !p->ops)
     return cpu_fail(error, ADRT_BAD_ARGUMENT, "the program's registers, tensors or ops are NULL");
   for (int32_t i = 0; i < p->n_registers; i++)
