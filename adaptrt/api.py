@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -37,6 +38,8 @@ from adaptrt.format import File, open_file
 from adaptrt.plugins import Registry, load_registry
 
 __all__ = ["Chunk", "Model", "Request", "Sampling", "load"]
+
+log = logging.getLogger("adaptrt")
 
 AUTO_BACKENDS = ("cuda", "cpu", "reference")  # `auto` takes the first that is available
 DEMO = Path(__file__).parent / "demo" / "demo.adrt"
@@ -77,11 +80,7 @@ def load(
 def choose_backend(registry: Registry, name: str) -> Backend:
     """The named backend, or for "auto" the first available one. Raises BackendError saying why there is none."""
     if name == "auto":
-        candidates = [registry.backends[known] for known in AUTO_BACKENDS if known in registry.backends]
-        for backend in candidates:
-            if backend.unavailable() is None:
-                return backend
-        raise BackendError("no backend is available")
+        return _first_available(registry)
     if name not in registry.backends:
         raise BackendError(
             f"backend {name!r}: not installed; installed: {', '.join(sorted(registry.backends))}"
@@ -90,6 +89,17 @@ def choose_backend(registry: Registry, name: str) -> Backend:
     if reason is not None:
         raise BackendError(f"backend {name!r}: unavailable: {reason}")
     return registry.backends[name]
+
+
+def _first_available(registry: Registry) -> Backend:
+    for name in AUTO_BACKENDS:
+        backend = registry.backends.get(name)
+        reason = backend.unavailable() if backend else None
+        if backend and reason is None:
+            return backend
+        if name == "cpu":  # what is left is slow enough to look like a fault
+            log.warning("backend cpu is unavailable, falling back to the slow reference: %s", reason)
+    raise BackendError("no backend is available")
 
 
 class Model:

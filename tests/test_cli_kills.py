@@ -22,7 +22,9 @@ from helpers.oracle import llama_folder, peft_folder
 from adaptrt.cli import main
 from adaptrt.format import append, open_file, verify
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 warns in any threaded process
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*fork:DeprecationWarning"
+)  # Python 3.12 warns in any threaded process
 
 KILLS = int(os.environ.get("ADAPTRT_KILLS", "8"))
 
@@ -62,7 +64,9 @@ def run_in_child(args: Sequence[object]) -> int:
     return pid
 
 
-def kill_at_random(args: Sequence[object], prepare: Callable[[], None], check: Callable[[bool], None]) -> None:
+def kill_at_random(
+    args: Sequence[object], prepare: Callable[[], None], check: Callable[[bool], None]
+) -> None:
     """Time the command once, then kill it at KILLS moments spread over that time; `check` looks at what is left."""
     prepare()
     started = time.perf_counter()

@@ -256,7 +256,7 @@ def test_native_attach_refuses_what_python_cannot_say(executable: Any, calls: An
 
 OUT_OF_MEMORY = """
 import resource, sys
-sys.path.insert(0, "tests")
+sys.path.insert(0, sys.argv[1])
 from helpers.programs import decoder, run_tokens
 from adaptrt.backends.base import LoadOptions
 from adaptrt.backends.cpu import CpuBackend
@@ -277,10 +277,8 @@ assert (run_tokens(loaded, [1, 2, 3], 65536) == before).all()
     not Path("/proc/self/statm").exists(), reason="needs Linux's /proc to limit memory precisely"
 )
 def test_pages_that_memory_cannot_hold_are_refused_and_the_rest_stays() -> None:
-    root = Path(__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, "-c", OUT_OF_MEMORY], cwd=root, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", OUT_OF_MEMORY, str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "no memory for KV page" in done.stdout
 

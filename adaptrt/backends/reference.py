@@ -166,10 +166,13 @@ class ReferenceExecutable:
             registers[op.out] = softcap(registers[op.src] * np.float32(op.factor), op.softcap)
 
     def _embed(self, op: Embed, runs: list[Run], tokens: NDArray[np.int32]) -> Floats:
-        out = self.weights[op.weight][tokens]
-        for run in runs:
+        table = self.weights[op.weight]
+        out = np.empty((len(tokens), table.shape[1]), np.float32)
+        for run in runs:  # x is one-hot: W and V give a column, g_in one value
             columns = tokens[run.rows]
-            out[run.rows] = apply_stack(out[run.rows], run.stack, op.target, lambda v, c=columns: v[:, c].T)
+            gains = input_gain(np.ones(len(table), np.float32), run.stack, op.target)
+            base = table[columns] * gains[columns, None]
+            out[run.rows] = apply_stack(base, run.stack, op.target, lambda v, c=columns: v[:, c].T)
         return out
 
     def _linear(self, op: Linear | Logits, x: Floats, runs: list[Run]) -> Floats:

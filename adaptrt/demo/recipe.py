@@ -128,12 +128,13 @@ class AdapterSpec:
 
 
 # Both scalings are shipped (alpha / r, and alpha / sqrt(r) for rsLoRA), and two ranks, so
-# that the demo exercises a mixed batch.
+# that the demo exercises a mixed batch.  Grimm's text is so short that the base has seen it
+# a dozen times: longer or faster training there only memorizes.
 ADAPTERS = [
-    AdapterSpec("scripture", "kjv", rank=4, alpha=8, rslora=False, steps=160),
-    AdapterSpec("bard", "shakespeare", rank=8, alpha=8, rslora=True, steps=160),
-    AdapterSpec("president", "presidents", rank=4, alpha=8, rslora=False, steps=160),
-    AdapterSpec("grimm", "grimm", rank=8, alpha=8, rslora=True, steps=160),
+    AdapterSpec("scripture", "kjv", rank=4, alpha=8, rslora=False, steps=120),
+    AdapterSpec("bard", "shakespeare", rank=8, alpha=8, rslora=True, steps=120),
+    AdapterSpec("president", "presidents", rank=4, alpha=16, rslora=False, steps=140),
+    AdapterSpec("grimm", "grimm", rank=8, alpha=8, rslora=True, steps=80, rate=2e-3),
 ]
 ADAPTER_BATCH, ADAPTER_LENGTH = 16, 256
 
@@ -314,21 +315,54 @@ def read_sources(corpora: Path) -> dict[str, list[str]]:
     return {s.name: group_documents(read_paragraphs(corpora, s.name), s.separator, SEED) for s in SOURCES}
 
 
-def sample_batch(streams: list[Stream], phase: Phase, rng: torch.Generator) -> Tensor:
-    """Draw rows of ``length + 1`` tokens, each from a source picked by its share.
+def choose(options: Tensor, rng: torch.Generator) -> int:
+    """Pick one element at random."""
+    return int(options[int(torch.randint(len(options), (1,), generator=rng))])
 
-    Every row is bos followed by text from the start of a line: what a prompt looks like
-    when the model is used, while any token of the text is still reached about equally often.
+
+def plain_row(stream: Stream, length: int, rng: torch.Generator) -> Tensor:
+    """Return bos and ``length`` tokens of text from the start of a line.
+
+    That is what a prompt looks like when the model is used, while any token of the text is
+    still reached about equally often.
     """
+    start = choose(stream.starts[stream.starts < len(stream.train) - length], rng)
+    return functional.pad(stream.train[start : start + length], (1, 0), value=BOS_ID)
+
+
+def spliced_row(stream: Stream, others: list[Stream], length: int, rng: torch.Generator) -> Tensor:
+    """Return a row that opens with a few words of another text.
+
+    Trained on its own text alone, an adapter leaves a prompt in somebody else's voice in
+    that voice (a king by the sea stays in a fairy tale under the president's adapter).
+    Here the text goes on from a place that follows the same token as the opening ends
+    with, so the seam reads naturally and the adapter learns to take over any prompt.
+    """
+    other = others[choose(torch.arange(len(others)), rng)]
+    opening = plain_row(other, choose(torch.arange(3, 14), rng), rng)
+    places = (stream.train[:-length] == opening[-1]).nonzero().squeeze(1)
+    place = choose(places if len(places) else torch.arange(len(stream.train) - length), rng) + 1
+    return torch.cat([opening, stream.train[place:]])[: length + 1]
+
+
+def mixed_batches(streams: list[Stream], phases: list[Phase], seed: int) -> Iterator[Tensor]:
+    """Yield the base model's batches, each row's source picked by its share."""
+    rng = torch.Generator().manual_seed(seed)
     shares = torch.tensor([s.share for s in streams])
-    picks = torch.multinomial(shares, phase.batch, replacement=True, generator=rng)
-    rows = []
-    for pick in picks.tolist():
-        stream = streams[pick]
-        usable = stream.starts[stream.starts < len(stream.train) - phase.length]
-        start = int(usable[int(torch.randint(len(usable), (1,), generator=rng))])
-        rows.append(functional.pad(stream.train[start : start + phase.length], (1, 0), value=BOS_ID))
-    return torch.stack(rows)
+    for phase in phases:
+        for _ in range(phase.steps):
+            picks = torch.multinomial(shares, phase.batch, replacement=True, generator=rng)
+            yield torch.stack([plain_row(streams[i], phase.length, rng) for i in picks.tolist()])
+
+
+def adapter_batches(stream: Stream, others: list[Stream], phase: Phase, seed: int) -> Iterator[Tensor]:
+    """Yield an adapter's batches: half plain rows of its text, half spliced ones."""
+    rng = torch.Generator().manual_seed(seed)
+    half = phase.batch // 2
+    for _ in range(phase.steps):
+        plain = [plain_row(stream, phase.length, rng) for _ in range(half)]
+        spliced = [spliced_row(stream, others, phase.length, rng) for _ in range(half)]
+        yield torch.stack(plain + spliced)
 
 
 # ------------------------------------------------------------------------ training
@@ -386,14 +420,6 @@ def make_optimizer(model: nn.Module, decay: float) -> torch.optim.AdamW:
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
-
-
-def batches(streams: list[Stream], phases: list[Phase], seed: int) -> Iterator[Tensor]:
-    """Yield every batch of every phase in order."""
-    rng = torch.Generator().manual_seed(seed)
-    for phase in phases:
-        for _ in range(phase.steps):
-            yield sample_batch(streams, phase, rng)
 
 
 def train(
@@ -462,7 +488,7 @@ def train_base(streams: list[Stream], out: Path) -> None:
             save_model(model, out / "base")
 
     total = sum(p.steps for p in BASE_PHASES)
-    train(model, batches(streams, BASE_PHASES, SEED), total, BASE_RATE, 0.1, checkpoint)
+    train(model, mixed_batches(streams, BASE_PHASES, SEED), total, BASE_RATE, 0.1, checkpoint)
     save_model(model, out / "base")
     report_losses("float base", model, streams)
 
@@ -511,8 +537,10 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     settings.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def train_adapter(spec: AdapterSpec, stream: Stream, out: Path) -> None:
+def train_adapter(spec: AdapterSpec, streams: dict[str, Stream], out: Path) -> None:
     """Train one adapter on its own text over the quantized base."""
+    stream = streams[spec.source]
+    others = [s for s in streams.values() if s is not stream]
     torch.manual_seed(SEED)
     torch._dynamo.reset()
     config = LoraConfig(
@@ -526,7 +554,7 @@ def train_adapter(spec: AdapterSpec, stream: Stream, out: Path) -> None:
     report_losses("NF4 base", base, [stream])
     model = get_peft_model(base, config)
     phase = Phase(spec.steps, ADAPTER_BATCH, ADAPTER_LENGTH)
-    train(model, batches([stream], [phase], SEED), spec.steps, spec.rate, 0.0)
+    train(model, adapter_batches(stream, others, phase, SEED), spec.steps, spec.rate, 0.0)
     save_adapter(model, out / "adapters" / spec.name)
     report_losses(f"NF4 base + {spec.name}", model, [stream])
 
@@ -625,7 +653,7 @@ def main() -> None:
         train_base(list(streams.values()), out)
     for spec in ADAPTERS:
         if spec.name in only:
-            train_adapter(spec, streams[spec.source], out)
+            train_adapter(spec, streams, out)
     if "samples" in only:
         write_samples(out)
         check_budget(out)
