@@ -179,3 +179,11 @@ def test_f16_cache_is_close_to_f32(files: dict[str, Path]) -> None:
             logits.append(model.logits(ids))
     error = np.linalg.norm(logits[0] - logits[1]) / np.linalg.norm(logits[1])
     assert 0 < error < 2e-3
+
+
+def test_a_long_prompt_reports_its_pieces(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adaptrt.engine.engine.MAX_BATCH_TOKENS", 40)
+    with adaptrt.load(files["base"], precision="exact") as model:
+        chunks = list(model.generate([7] * 100, max_tokens=2, temperature=0, stream=True))
+        pieces = [(chunk.n_prompt_tokens, chunk.n_tokens) for chunk in chunks]
+    assert pieces == [(40, 0), (80, 0), (100, 1), (100, 2)]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from adaptrt.cli.notes import note
 from adaptrt.cli.options import AdapterChoice, Attached, Stack, parse_adapter, read_text
 from adaptrt.engine.request import Chunk, Request, Sampling
 from adaptrt.errors import AdaptrtError, RequestError
@@ -90,6 +91,7 @@ def run_prompts(model: Model, attached: Attached, tasks: Sequence[Task]) -> None
     indices = list(stacks)
     requests = [Request(tasks[index].prompt, stacks[index], tasks[index].sampling) for index in indices]
     texts = [""] * len(requests)
+    note(f"running {len(requests)} prompts as one batch …")
     for chunk in model.generate_batch(requests):
         texts[chunk.index] += chunk.text
         if chunk.finish_reason is None:

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 NO_PROMPT = "there is no prompt: give -p TEXT, -f FILE or text on standard input"
 
 
+LONG_PROMPT = 400  # characters; reading more may take a while
+
+
 @dataclass(frozen=True)
 class Input:
     """Where the words come from; at most one of the first three is given."""
@@ -164,6 +167,8 @@ def answer(
     model: Model, prompt: str, stack: Stack, sampling: Sampling, as_json: bool, load_seconds: float
 ) -> None:
     """Print the answer: text as it comes, or one JSON object at the end; the timings go to stderr."""
+    if len(prompt) > LONG_PROMPT:
+        note("reading the prompt …")
     started = time.perf_counter()
     chunks = model.generate(prompt, adapters=stack, stream=True, **asdict(sampling))
     result = Result("", None, 0, 0, stack, sampling.seed, load_seconds, 0.0, 0.0)
@@ -180,6 +185,9 @@ def answer(
 def follow(chunks: Iterable[Chunk], result: Result, started: float, echo: bool) -> None:
     """Collect chunks into `result`, showing their text as it comes."""
     for chunk in chunks:
+        if chunk.n_tokens == 0 and chunk.finish_reason is None:
+            note(f"read {chunk.n_prompt_tokens} tokens of the prompt")
+            continue
         if result.prompt_tokens == 0:
             result.prompt_tokens = chunk.n_prompt_tokens
             result.prompt_seconds = time.perf_counter() - started

@@ -68,6 +68,11 @@ class Answer:
             return self._chunk(text + self._rest(), (token,), "length")
         return self._chunk(text, (token,), None)
 
+    def reading(self) -> Chunk:
+        """What to show while a long prompt goes through in pieces."""
+        read = min(self.sequence.computed, len(self.job.prompt_ids))
+        return Chunk(self.job.index, "", (), read, self._count)
+
     @property
     def _count(self) -> int:
         return len(self.sequence.ids) - len(self.job.prompt_ids)
@@ -111,7 +116,7 @@ class Engine:
             )
 
     def generate(self, jobs: Sequence[Job], tokenizer: Tokenizer | None) -> Iterator[Chunk]:
-        """Run all jobs as one continuously batched group, yielding a chunk per new token of each.
+        """Run all jobs as one continuously batched group, yielding a chunk per new token or piece of prompt of each.
 
         Without a tokenizer chunks carry ids and no text.
         """
@@ -138,9 +143,10 @@ class Engine:
         """One step for the chosen slices."""
         logits = self.executable.step(build_batch(slices, last_rows(slices)))
         done = [piece.sequence for piece in slices if piece.completes]
+        partial = [piece.sequence for piece in slices if not piece.completes]
         for piece in slices:
             piece.sequence.computed += piece.count
-        chunks = []
+        chunks = [answers[sequence].reading() for sequence in partial]
         for sequence, row in zip(done, logits, strict=True):
             chunks.append(answers[sequence].push(row))
             if chunks[-1].finish_reason:

@@ -99,9 +99,9 @@ class Request:
 class Chunk:
     """A piece of an answer: text that is complete UTF-8, and on the last chunk why generation ended.
 
-    `token_ids` are the ids chosen since the last chunk (text may lag behind them), `n_tokens` counts them all;
-    `error` is set with finish_reason "error" (the request could not be
-    run; the others of its batch go on).
+    `token_ids` are the ids chosen since the last chunk (text may lag behind them), `n_tokens` counts them all.
+    `n_prompt_tokens` is how much of the prompt is read: a long one goes through in pieces, each with a chunk.
+    `error` is set with finish_reason "error": the request could not be run; the others of its batch go on.
     """
 
     index: int

@@ -20,7 +20,7 @@ from adaptrt.quant.plain import to_float32
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "gqa": {},
+    "gqa": {"hidden_size": 256, "intermediate_size": 384},  # widths that integer kernels take
     "biases": {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4},
     "tied": {"tie_word_embeddings": True, "intermediate_size": 172},
     "llama3-rope": {
