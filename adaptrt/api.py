@@ -14,10 +14,10 @@ from typing import Any, Literal, cast, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptrt.adapters.base import open_base
+from adaptrt.adapters.base import BaseView, open_base
 from adaptrt.adapters.stack import lower
 from adaptrt.adapters.storage import PREFIX, check_base, list_adapters, only_adapter, read_adapter
-from adaptrt.adapters.variant import Adapter
+from adaptrt.adapters.variant import Adapter, Variant
 from adaptrt.backends.base import Backend, LoadOptions, Precision
 from adaptrt.convert.peft import import_peft
 from adaptrt.engine.adapters import AdapterSet, Stack
@@ -102,6 +102,30 @@ def _first_available(registry: Registry) -> Backend:
     raise BackendError("no backend is available")
 
 
+def find_adapter(
+    source: str | Path, file: File, base: BaseView, variants: Mapping[str, Variant], cleanup: ExitStack
+) -> Adapter:
+    """The adapter inside `file` of that name, or of an `.adrt` file (which `cleanup` closes), or of a PEFT folder.
+
+    Raises UnknownAdapterError when there is none, AdapterError and BaseMismatchError when it cannot be used.
+    """
+    stored = list_adapters(file)
+    if str(source) in stored:
+        return read_adapter(file, f"{PREFIX}{source}")
+    path = Path(source)
+    if path.is_dir():
+        return import_peft(path, variants, base)
+    if not path.exists():
+        raise UnknownAdapterError(
+            f"adapter {str(source)!r}: no such file or folder, and not inside {file.path} "
+            f"(which has: {', '.join(stored) or 'none'})"
+        )
+    other = cleanup.enter_context(open_file(path))
+    adapter = read_adapter(other, PREFIX + only_adapter(other))
+    check_base(adapter, base)
+    return adapter
+
+
 class Model:
     """A loaded base model and its adapters. Safe to use from several threads; calls interleave step by step."""
 
@@ -156,7 +180,7 @@ class Model:
         `path` is the name of an adapter inside the model's file, an `.adrt` adapter file, or a PEFT folder. Raises
         AdapterError naming everything in it that cannot be honoured, or BaseMismatchError saying what differs.
         """
-        adapter = self._read_adapter(path)
+        adapter = find_adapter(path, self._file, self._base, self._registry.variants, self._cleanup)
         name = name or adapter.name
         self._adapters.add(name, adapter)
         return name
@@ -180,23 +204,6 @@ class Model:
             yield
         finally:
             self._active = active
-
-    def _read_adapter(self, path: str | Path) -> Adapter:
-        if str(path) in self.stored_adapters:
-            return read_adapter(self._file, f"{PREFIX}{path}")
-        source = Path(path)
-        if source.is_dir():
-            return import_peft(source, self._registry.variants, self._base)
-        if not source.exists():
-            stored = ", ".join(self.stored_adapters) or "none"
-            raise UnknownAdapterError(
-                f"adapter {str(path)!r}: no such file or folder, and not inside {self._file.path} (which has: {stored})"
-            )
-        file = open_file(source)
-        self._cleanup.callback(file.close)
-        adapter = read_adapter(file, PREFIX + only_adapter(file))
-        check_base(adapter, self._base)
-        return adapter
 
     def _lower(self, adapter: Adapter, scale: float) -> Mapping[str, Any]:
         return lower(adapter, self._registry.variants, self._base, scale)

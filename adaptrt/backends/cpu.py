@@ -26,6 +26,11 @@ def read_bandwidth(n_bytes: int, threads: int, repeats: int = 3) -> float:
     return float(_native().lib.adrt_read_bandwidth(n_bytes, threads, repeats))
 
 
+def int8_peak(threads: int) -> float:
+    """Int8 operations a second of `threads` threads with everything in registers; 0 where no probe exists."""
+    return float(_native().lib.adrt_int8_peak(threads))
+
+
 def _native() -> Any:
     try:
         return import_module("adaptrt.backends._native")

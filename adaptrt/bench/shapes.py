@@ -1,15 +1,19 @@
-"""Random-weight models of well-known shapes, so that a benchmark needs no download."""
+"""Random-weight models of well-known shapes, made once and cached, so that a benchmark needs no download."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from adaptrt import __version__
 from adaptrt.adapters.normal import Lowered, LoweredAdapter, Term
-from adaptrt.model.architecture import TensorSpec
+from adaptrt.format import Writer
+from adaptrt.model.architecture import Architecture, TensorSpec
 from adaptrt.quant.plain import from_float32
 from adaptrt.tensor import Int8Layout, Nf4Layout, Tensor, rows_cols, tensor_nbytes
 
@@ -56,6 +60,22 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
+
+
+def cached_model(shape: str, architecture: Architecture, progress: Callable[[int, int, str], None]) -> Path:
+    """The file of a shape in the user's cache folder (XDG_CACHE_HOME or ~/.cache), written when absent."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adaptrt" / "bench"
+    root.mkdir(parents=True, exist_ok=True)
+    path = root / f"{shape}-{__version__}.adrt"
+    if path.exists():
+        return path
+    metadata = architecture.metadata(SHAPES[shape])
+    specs, rng = architecture.tensors(metadata), np.random.default_rng(0)
+    with Writer(path, metadata) as writer, writer.section("base", kind="base") as section:
+        for done, spec in enumerate(specs, start=1):
+            section.add(spec.name, random_tensor(spec, rng))
+            progress(done, len(specs), spec.name)
+    return path
 
 
 def random_tensor(spec: TensorSpec, rng: np.random.Generator) -> Tensor:

@@ -158,6 +158,9 @@ int adrt_quantize_int8(const float *x, int64_t rows, int64_t cols, int8_t *codes
 
 /* Bytes a second that `threads` threads read from `bytes` of memory, best of `repeats`; 0 when out of memory. */
 double adrt_read_bandwidth(uint64_t bytes, int32_t threads, int32_t repeats);
+/* Int8 operations a second (a multiply and an add are two) of `threads` threads, everything in registers; 0 when the
+ * CPU has no int8 dot product that is probed. */
+double adrt_int8_peak(int32_t threads);
 
 /* cffi: end */
 #ifdef __cplusplus

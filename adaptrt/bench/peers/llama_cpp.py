@@ -1,0 +1,58 @@
+"""llama.cpp through its Python package (`pip install llama-cpp-python`), on IQ4_NL weights of the same shape."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from adaptrt.bench.peers.gguf import write_gguf
+from adaptrt.bench.work import Work
+from adaptrt.model.architecture import TensorSpec
+
+NAME = "llama.cpp"
+PACKAGE = "llama_cpp"
+
+
+def works(
+    metadata: Mapping[str, Any],
+    specs: tuple[TensorSpec, ...],
+    cache: Path,
+    threads: int,
+    steps: int,
+    prefills: Sequence[int],
+) -> list[Work]:
+    """Decode with one stream and prefills, named as ours are."""
+    path = cache.with_suffix(".iq4_nl.gguf")
+    if not path.exists():
+        write_gguf(path, metadata, specs)
+    llama = import_module(PACKAGE).Llama(
+        str(path),
+        n_ctx=max(*prefills, steps) + 8,
+        n_batch=512,
+        n_ubatch=512,
+        n_threads=threads,
+        n_threads_batch=threads,
+        verbose=False,
+    )
+
+    def evaluate(tokens: list[int]) -> float:
+        start = time.perf_counter()
+        llama.eval(tokens)
+        return time.perf_counter() - start
+
+    def decode() -> float:
+        llama.reset()
+        return statistics.median(evaluate([5 + position]) for position in range(steps))
+
+    def prefill(n_tokens: int) -> float:
+        llama.reset()
+        return evaluate([5 + i % 1000 for i in range(n_tokens)])
+
+    return [
+        Work("decode 1 stream", 1, decode),
+        *(Work(f"prefill {n}", n, lambda n=n: prefill(n)) for n in prefills),  # type: ignore[misc]
+    ]

@@ -1,0 +1,105 @@
+"""Our own work: decode steps and prefills of an executable, for any number of streams and adapter stacks."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from adaptrt.adapters.normal import LoweredAdapter
+from adaptrt.backends.base import Batch, Executable
+from adaptrt.bench.work import Work
+from adaptrt.program import Linear, Logits, Program
+from adaptrt.tensor import Tensor
+
+Stack = tuple[int, ...]  # adapter handles
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes a step must read, and operations each token and each row of logits must do."""
+
+    step_bytes: int
+    token_operations: int
+    logit_operations: int
+
+    @classmethod
+    def of(cls, program: Program, tensors: dict[str, Tensor]) -> Cost:
+        """The cost of a base model: every linear layer and the head; an embedding table only gives rows."""
+        linear = {op.weight for op in program.ops if isinstance(op, Linear)}
+        head = {op.weight for op in program.ops if isinstance(op, Logits)}
+        return cls(
+            step_bytes=sum(tensors[name].data.nbytes for name in linear | head),
+            token_operations=2 * sum(prod(tensors[name].shape) for name in linear),
+            logit_operations=2 * sum(prod(tensors[name].shape) for name in head),
+        )
+
+
+def adapter_bytes(adapter: LoweredAdapter) -> int:
+    """Bytes of an adapter's factors."""
+    return sum(
+        term.u.data.nbytes + term.v.data.nbytes for lowered in adapter.values() for term in lowered.terms
+    )
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An executable with room for `streams` sequences of `max_tokens` tokens."""
+
+    executable: Executable
+    cost: Cost
+    page_tokens: int
+    max_tokens: int
+    vocab_size: int
+
+    def decode(self, name: str, stacks: Sequence[Stack], more_bytes: int, steps: int) -> Work:
+        """One token for each stack's stream: the median of `steps` steps. `more_bytes` are the adapters'."""
+
+        def run() -> float:
+            return statistics.median(self._step(stacks, position, 1) for position in range(steps))
+
+        operations = (self.cost.token_operations + self.cost.logit_operations) * len(stacks)
+        return Work(name, len(stacks), run, self.cost.step_bytes + more_bytes, operations)
+
+    def prefill(self, name: str, stack: Stack, more_bytes: int, n_tokens: int) -> Work:
+        """A prompt of n_tokens, in steps of 512 as the engine cuts it."""
+
+        def run() -> float:
+            pieces = range(0, n_tokens, 512)
+            return sum(self._step([stack], start, min(512, n_tokens - start)) for start in pieces)
+
+        operations = self.cost.token_operations * n_tokens + self.cost.logit_operations
+        return Work(name, n_tokens, run, self.cost.step_bytes + more_bytes, operations)
+
+    def reserve(self, streams: int) -> None:
+        """Make the KV pages exist."""
+        self.executable.reserve(streams * self._pages_each)
+
+    @property
+    def _pages_each(self) -> int:
+        return -(-self.max_tokens // self.page_tokens)
+
+    def _step(self, stacks: Sequence[Stack], position: int, n_tokens: int) -> float:
+        batch = self._batch(stacks, position, n_tokens)
+        start = time.perf_counter()
+        self.executable.step(batch)
+        return time.perf_counter() - start
+
+    def _batch(self, stacks: Sequence[Stack], position: int, n_tokens: int) -> Batch:
+        streams = len(stacks)
+        ids = (np.arange(streams * n_tokens) * 7919 + position) % self.vocab_size
+        edges = np.arange(streams + 1)
+        return Batch(
+            tokens=ids.astype(np.int32),
+            positions=np.tile(np.arange(position, position + n_tokens), streams).astype(np.int32),
+            run_start=(edges * n_tokens).astype(np.int32),
+            page_start=(edges * self._pages_each).astype(np.int32),
+            pages=np.arange(streams * self._pages_each, dtype=np.int32),
+            stack_start=np.cumsum([0, *(len(stack) for stack in stacks)]).astype(np.int32),
+            stacks=np.asarray([handle for stack in stacks for handle in stack], np.int32),
+            logit_rows=(edges[1:] * n_tokens - 1).astype(np.int32),
+        )

@@ -1,0 +1,53 @@
+"""What is timed, and how: rounds over all of it, so that a machine's noise falls on everything alike."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Work:
+    """`run` does the work once and returns its seconds; `seconds` collects a value per round.
+
+    `tokens` come out of one run; `floor_bytes` and `operations` are what it must at least read and compute
+    (a multiply and an add are two operations).
+    """
+
+    name: str
+    tokens: int
+    run: Callable[[], float]
+    floor_bytes: int = 0
+    operations: int = 0
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def median_seconds(self) -> float:
+        """Median over the rounds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Median over the rounds."""
+        return self.tokens / self.median_seconds
+
+    def floor_seconds(self, bytes_per_second: float, operations_per_second: float) -> float:
+        """The time that neither the memory nor the arithmetic allows to be beaten; an unknown peak (0) counts not."""
+        compute = self.operations / operations_per_second if operations_per_second else 0.0
+        return max(self.floor_bytes / bytes_per_second, compute)
+
+    def ratio_to(self, other: Work) -> tuple[float, float, float]:
+        """This work's time over another's, round by round: min, median, max."""
+        ratios = [mine / theirs for mine, theirs in zip(self.seconds, other.seconds, strict=True)]
+        return min(ratios), statistics.median(ratios), max(ratios)
+
+
+def measure(works: Sequence[Work], rounds: int, progress: Callable[[str], None]) -> None:
+    """Run every work once a round; a first round, dropped, warms caches and page tables."""
+    for number in range(rounds + 1):
+        for work in works:
+            progress(f"round {number} of {rounds}: {work.name}")
+            seconds = work.run()
+            if number:
+                work.seconds.append(seconds)

@@ -1,0 +1,120 @@
+"""`adaptrt bench` on a tiny model: what it times, what it counts, what it refuses. Never how fast."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.cli import adaptrt_cli
+from helpers.oracle import llama_folder, peft_folder
+from helpers.tiny import convert_model
+
+from adaptrt.adapters.base import open_base
+from adaptrt.bench.peers.gguf import write_gguf
+from adaptrt.bench.shapes import SHAPES, random_lora, random_tensor
+from adaptrt.bench.subject import Cost, adapter_bytes
+from adaptrt.bench.work import Work, measure
+from adaptrt.format import open_file
+from adaptrt.model.llama import LlamaArchitecture
+from adaptrt.plugins import load_registry
+from adaptrt.quant.plain import to_float32
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    path = tmp_path_factory.mktemp("bench")
+    folder = llama_folder(path / "hf")
+    return convert_model(folder, path / "base.adrt"), peft_folder(path / "voice", folder)
+
+
+def test_rows_of_a_model_with_random_adapters(files: tuple[Path, Path]) -> None:
+    outcome = adaptrt_cli("bench", files[0], "--rounds", 2, "--steps", 2, "--json")
+    assert outcome.code == 0, outcome.err
+    report = json.loads(outcome.out)
+    names = [row["name"] for row in report["rows"]]
+    assert (
+        names[0] == "decode 1 stream" and "decode 8 streams, 8 adapters" in names and "prefill 128" in names
+    )
+    assert all(row["tokens_per_second"] > 0 for row in report["rows"])
+    assert report["rows"][0]["time_over_base"] == [1, 1, 1]
+    assert report["read_bandwidth"] > 1e8 and report["peak_memory_bytes"] > 1e6
+
+
+def test_adapters_can_be_named_and_the_table_is_text(files: tuple[Path, Path]) -> None:
+    outcome = adaptrt_cli("bench", files[0], "-a", f"{files[1]}:0.5", "--rounds", 1, "--steps", 1)
+    assert outcome.code == 0, outcome.err
+    assert "decode 1 stream, 1 adapter" in outcome.out and "stacked" not in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("args", "message", "code"),
+    [
+        (["{base}", "--shape", "tinyllama"], "go without MODEL", 2),
+        (["{base}", "--peer", "llama.cpp"], "go without MODEL", 2),
+        (["{base}", "-a", "nobody"], "nobody", 1),
+        (["{base}", "--backend", "tpu"], "tpu", 1),
+        (["--shape", "llama-9000b"], "llama-9000b", 2),
+    ],
+)
+def test_refusals(files: tuple[Path, Path], args: list[str], message: str, code: int) -> None:
+    outcome = adaptrt_cli("bench", *(arg.format(base=files[0]) for arg in args))
+    assert outcome.code == code and message in outcome.error
+
+
+def test_a_missing_peer_is_named(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adaptrt.cli.bench.cached_model", lambda *_: files[0])
+    monkeypatch.setattr("adaptrt.bench.peers.llama_cpp.PACKAGE", "no_such_package")
+    outcome = adaptrt_cli("bench", "--peer", "llama.cpp")
+    assert outcome.code == 1 and "no_such_package is not installed" in outcome.error
+
+
+def test_costs_are_those_of_the_shapes(files: tuple[Path, Path]) -> None:
+    """Counted by hand: hidden 64, MLP 160, 2 layers, 4 heads and 2 KV heads of 16, vocabulary 131."""
+    linear = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 160 * 64)
+    with open_file(files[0]) as file:
+        base = open_base(file, load_registry().architectures)
+        cost = Cost.of(base.program, base.weights())
+        lora = random_lora(base.specs, 4, np.random.default_rng(0))
+    assert (cost.token_operations, cost.logit_operations) == (2 * linear, 2 * 131 * 64)
+    assert linear / 2 + 131 * 64 < cost.step_bytes < 0.6 * linear + 1.1 * 131 * 64
+    assert adapter_bytes(lora) == 2 * 2 * 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 160))
+
+
+def test_rounds_drop_the_first_and_ratios_pair_them() -> None:
+    times = iter([9.0, 9.0, 1.0, 2.0, 3.0, 12.0])
+    a, b = (Work(name, 8, lambda: next(times), 100, 1000) for name in "ab")
+    measure([a, b], 2, lambda _: None)
+    assert (a.seconds, b.seconds) == ([1.0, 3.0], [2.0, 12.0])
+    assert b.ratio_to(a) == (2.0, 3.0, 4.0) and a.tokens_per_second == 4.0
+    assert a.floor_seconds(10, 0) == 10 and a.floor_seconds(1000, 100) == 10
+
+
+def test_random_weights_are_finite_and_small() -> None:
+    architecture = LlamaArchitecture()
+    specs = architecture.tensors(architecture.metadata(SHAPES["tinyllama"]))
+    for spec in (specs[0], specs[2]):
+        weight = to_float32(random_tensor(spec, np.random.default_rng(0)))
+        assert np.isfinite(weight).all() and 0.1 < weight.std() * np.sqrt(weight.shape[1]) < 2
+
+
+@pytest.mark.skipif(find_spec("llama_cpp") is None, reason="needs llama-cpp-python")
+def test_llama_cpp_reads_the_gguf(tmp_path: Path) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp")
+    config = dict(SHAPES["tinyllama"]) | {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 1,
+    }
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300}
+    architecture = LlamaArchitecture()
+    metadata = architecture.metadata(config)
+    write_gguf(tmp_path / "m.gguf", metadata, architecture.tensors(metadata))
+    model = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=16, verbose=False)
+    model.eval([5, 6, 7])
+    assert model.n_vocab() == 300 and model.n_tokens == 3
+    model.close()
