@@ -1,4 +1,4 @@
-"""In `exact`, a token's logits are the same to the last bit however it is batched, chunked or threaded."""
+"""A token's logits are the same to the last bit however it is batched, chunked or threaded, in `exact` and `fast`."""
 
 from __future__ import annotations
 
@@ -68,12 +68,15 @@ WHOLE = [[len(tokens)] for tokens in SEQUENCES]
 CHUNKED = [[3, 1, 5, 2], [0, 0, 1, 0], [1, 1, 1, 2], [0, 2, 0, 0], [4, 0, 0, 3]]
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_vnni"])
+@pytest.mark.parametrize(
+    ("isa", "precision"),
+    [*((isa, "exact") for isa in ("portable", "avx2", "avx512", "avx512_vnni")), ("avx512_vnni", "fast")],
+)
 @pytest.mark.parametrize("model", MODELS)
-def test_batches_chunks_and_threads_change_no_bit(model: str, isa: str) -> None:
-    expected = alone(load(model, isa=isa))
+def test_batches_chunks_and_threads_change_no_bit(model: str, isa: str, precision: str) -> None:
+    expected = alone(load(model, isa=isa, precision=precision))
     for threads in (1, 2, 3):
-        executable = load(model, isa=isa, threads=threads)
+        executable = load(model, isa=isa, threads=threads, precision=precision)
         for chunks in (WHOLE, CHUNKED):
             for found, wanted in zip(together(executable, chunks), expected, strict=True):
                 np.testing.assert_array_equal(found.view(np.uint32), wanted.view(np.uint32))

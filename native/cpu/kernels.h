@@ -11,8 +11,8 @@
 enum layout_of_x {
   X_PLAIN,      /* as they are */
   X_SPLIT,      /* each 32 reordered into 16 even, 16 odd: the order in which nf4 nibbles unpack */
-  X_INT8,       /* quantized: see kernels_vnni.c */
-  X_INT8_SPLIT, /* quantized, each 128 reordered into 64 even, 64 odd */
+  X_INTEGER,       /* 16-bit integers and scales: see kernels_vnni.c */
+  X_INTEGER_SPLIT, /* the same, in the order in which nf4 unpacks there */
 };
 
 /* y[t * y_stride + r] = sum over columns of weight[row0 + r] * x[t * x_stride], r < n_rows, t < n_tokens.
@@ -31,7 +31,7 @@ typedef struct {
   bool (*ready)(void);             /* can this CPU run them? Also fills the tables that they use */
   product_kernel *exact[N_DTYPES]; /* nf4: cols a multiple of 64, X_SPLIT; the others X_PLAIN */
   product_kernel
-      *fast[N_DTYPES];      /* NULL: use exact; nf4: cols a multiple of 128, X_INT8_SPLIT; int8: X_INT8 */
+      *fast[N_DTYPES]; /* NULL: use exact; rows >= 16, cols a multiple of 64; X_INTEGER, nf4: X_INTEGER_SPLIT */
   expand_kernel *expand[3]; /* f32, f16, bf16 */
   void (*quantize)(const float *x, int64_t n, bool split, float *out); /* for `fast`; n a multiple of 64 */
   void (*split)(const float *x, int64_t n, float *out);                /* X_SPLIT; n a multiple of 32 */

@@ -1,11 +1,13 @@
 /* Kernels for AVX-512 with VNNI and VBMI: integer products for the `fast` precision.
  *
- * Activations and codes are split into a high and a low byte, x = scale (hi + lo/256) with one scale a
- * 64-block and nf4 = (hi + lo/256) / 127, and the products hi hi, hi lo and lo hi are summed exactly: the
- * error of a product is about 5e-5 where one byte each would leave 7e-3. int8 weights are a high byte alone.
+ * Activations and weights become 16-bit integers small enough that a block of 64 products is summed exactly in
+ * 32 bits, then scaled by the block's absmax: 2e-4 of error a product, at half the speed of bytes, whose 7e-3
+ * a tiny random Llama amplifies to 5e-2 in its logits (spec/performance.md).
  *
- * vpdpbusd multiplies unsigned by signed bytes. Weights are the unsigned side, offset by 128; what the offset
- * adds, 128 * sum(x), is known when the activations are quantized and subtracted a row at a time.
+ * One algorithm for one token and for thousands, so that `fast` too gives the same bits for any batch. A panel is
+ * 16 rows; some of its columns are unpacked, two columns of a row in each 32-bit lane, and multiplied with one
+ * tile of tokens after the other from the L1 cache. Weights are fetched in the order of memory, by prefetches
+ * one pair of panels ahead, so that DRAM sees one long stream although the rows of a panel are read together.
  */
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -17,22 +19,25 @@ static void lookup_absmax_bytes(const uint8_t *q, int64_t n, float *out);
 #define LOOKUP_ABSMAX lookup_absmax_bytes
 #include "kernels_avx512.h"
 
-enum { PAIR = 2 * BLOCK };
+enum {
+  CHUNK = 256,      /* columns unpacked together: 16 KiB for a pair of panels */
+  TILE_TOKENS = 12, /* with 2 panels: 24 of 32 vector registers are sums */
+  TOKENS_AT_ONCE = 128,
+  DIRECT_TOKENS = 8, /* at most so many are multiplied from registers */
+  CHUNK_BLOCKS = CHUNK / BLOCK,
+  NF4_RANGE = 8191, /* of a weight, with 64 * 8191 * 4095 < 2^31 */
+  X_RANGE = 4095    /* of an activation */
+};
 
-/* Byte b of DYNAMIC_MAP's values, and the codebook times 127 as high and low bytes offset by 128. The
- * codebook is repeated 4 times: vpermb reads 6 bits of an index, so the other nibble in bits 4 and 5 needs no
- * mask. */
-static uint8_t map_bytes[4][256], codebook_hi[64], codebook_lo[64];
+/* Byte b of DYNAMIC_MAP's values, and the codebook times NF4_RANGE, twice: vpermw reads 5 bits of an index, so
+ * the next nibble's lowest bit needs no mask. */
+static uint8_t map_bytes[4][256];
+static int16_t codebook[32];
 
 static void fill_tables(void) {
   for (int i = 0; i < 256; i++)
     for (int b = 0; b < 4; b++) map_bytes[b][i] = ((const uint8_t *)DYNAMIC_MAP)[4 * i + b];
-  for (int i = 0; i < 64; i++) {
-    float scaled = NF4_CODEBOOK[i % 16] * 127.0f, high = roundf(scaled),
-          low = roundf((scaled - high) * 256.0f);
-    codebook_hi[i] = (uint8_t)(128 + (int)high);
-    codebook_lo[i] = (uint8_t)(128 + (int)(low > 127.0f ? 127.0f : low));
-  }
+  for (int i = 0; i < 32; i++) codebook[i] = (int16_t)roundf(NF4_CODEBOOK[i % 16] * (float)NF4_RANGE);
 }
 
 /* 64 values' byte b: 256 entries are two tables of 128, picked by the index's top bit. */
@@ -62,204 +67,303 @@ static void lookup_absmax_bytes(const uint8_t *q, int64_t n, float *out) {
   }
 }
 
-/* One token's quantized activations, in the order of the layout (X_INT8 or X_INT8_SPLIT). */
+/* Quantized activations: of each token, the codes, then a scale for each block. */
 typedef struct {
-  const int8_t *hi, *lo; /* [cols] */
-  const float *scale;    /* [blocks]: of hi * 256 + lo, with the 1/127 of nf4 */
-  const float *offset;   /* [blocks]: what the weights' +128 adds, negated */
-} int8_x;
+  const int16_t *codes; /* [cols], in the order in which weights unpack */
+  const float *scales;  /* [blocks], with the codebook's for nf4 */
+  int64_t stride;       /* floats from token to token */
+} int16_x;
 
-static inline int8_x int8_view(const float *x, int64_t cols) {
-  const int8_t *bytes = (const int8_t *)(const void *)x;
-  const float *scale = (const float *)(const void *)(bytes + 2 * cols);
-  return (int8_x){bytes, bytes + cols, scale, scale + cols / BLOCK};
+static inline int16_x int16_view(const float *x, int64_t stride, int64_t cols) {
+  return (int16_x){(const int16_t *)(const void *)x, x + cols / 2, stride};
 }
 
-/* 64 values to bytes; returns the scale, NaN when a value is not finite, and the sums of both bytes. */
-static float quantize_block(const float *x, int8_t *hi, int8_t *lo, int32_t *sum_hi, int32_t *sum_lo) {
+static inline int16_x move(int16_x x, int64_t tokens, int64_t blocks) {
+  return (int16_x){x.codes + 2 * tokens * x.stride + blocks * BLOCK, x.scales + tokens * x.stride + blocks,
+                   x.stride};
+}
+
+/* 64 values to codes; returns the scale, NaN when a value is not finite. */
+static float quantize_block(const float *x, int16_t *codes) {
   __m512 v[4], largest = _mm512_setzero_ps(), poison = _mm512_setzero_ps();
   for (int i = 0; i < 4; i++) {
     v[i] = _mm512_loadu_ps(x + 16 * i);
     largest = _mm512_max_ps(largest, _mm512_abs_ps(v[i]));
     poison = _mm512_fmadd_ps(v[i], _mm512_setzero_ps(), poison); /* infinity * 0 is NaN */
   }
-  float range = _mm512_reduce_max_ps(largest), inverse = range > 1e-30f ? 127.0f / range : 0.0f;
-  __m512i his = _mm512_setzero_si512(), los = _mm512_setzero_si512();
+  float range = _mm512_reduce_max_ps(largest), inverse = range > 1e-30f ? (float)X_RANGE / range : 0.0f;
   for (int i = 0; i < 4; i++) {
-    __m512 scaled = _mm512_mul_ps(v[i], _mm512_set1_ps(inverse));
-    __m512i high = _mm512_cvtps_epi32(scaled);
-    __m512 rest = _mm512_mul_ps(_mm512_sub_ps(scaled, _mm512_cvtepi32_ps(high)), _mm512_set1_ps(256.0f));
-    __m512i low = _mm512_min_epi32(_mm512_cvtps_epi32(rest), _mm512_set1_epi32(127));
-    _mm_storeu_si128((__m128i *)(void *)(hi + 16 * i), _mm512_cvtsepi32_epi8(high));
-    _mm_storeu_si128((__m128i *)(void *)(lo + 16 * i), _mm512_cvtsepi32_epi8(low));
-    his = _mm512_add_epi32(his, high);
-    los = _mm512_add_epi32(los, low);
+    __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(v[i], _mm512_set1_ps(inverse)));
+    _mm256_storeu_si256((__m256i *)(void *)(codes + 16 * i), _mm512_cvtepi32_epi16(code));
   }
-  *sum_hi = _mm512_reduce_add_epi32(his);
-  *sum_lo = _mm512_reduce_add_epi32(los);
-  return range / 127.0f + _mm512_reduce_add_ps(poison);
+  return range / (float)X_RANGE + _mm512_reduce_add_ps(poison);
 }
 
-/* Each 128 bytes to 64 even-numbered ones, then 64 odd-numbered ones. */
-static void split_bytes(int8_t *bytes, int64_t n) {
-  int8_t index[2][64];
-  for (int i = 0; i < 64; i++) index[0][i] = (int8_t)(2 * i), index[1][i] = (int8_t)(2 * i + 1);
-  __m512i even = _mm512_loadu_si512(index[0]), odd = _mm512_loadu_si512(index[1]);
-  for (int64_t i = 0; i < n; i += PAIR) {
-    __m512i a = _mm512_loadu_si512(bytes + i), b = _mm512_loadu_si512(bytes + i + BLOCK);
-    _mm512_storeu_si512(bytes + i, _mm512_permutex2var_epi8(a, even, b));
-    _mm512_storeu_si512(bytes + i + BLOCK, _mm512_permutex2var_epi8(a, odd, b));
-  }
+/* The order in which unpack_codes leaves columns: nf4 (`split`) in eights, int8 in fours. */
+static __m512i order_of_columns(bool split) {
+  static const int8_t order[2][8] = {{0, 2, 1, 3, 4, 6, 5, 7}, {1, 5, 0, 4, 3, 7, 2, 6}};
+  int16_t index[32];
+  for (int i = 0; i < 32; i++) index[i] = (int16_t)(i / 8 * 8 + order[split][i % 8]);
+  return _mm512_loadu_si512(index);
 }
 
 static void quantize(const float *x, int64_t n, bool split, float *out) {
-  int8_t *hi = (int8_t *)(void *)out, *lo = hi + n;
-  float *scales = (float *)(void *)(lo + n), *offsets = scales + n / BLOCK;
-  for (int64_t b = 0; b < n / BLOCK; b++) {
-    int32_t sum_hi, sum_lo;
-    float unit = quantize_block(x + b * BLOCK, hi + b * BLOCK, lo + b * BLOCK, &sum_hi, &sum_lo) / 256.0f;
-    scales[b] = split ? unit / 127.0f : unit;
-    offsets[b] = scales[b] * -128.0f * (float)(256 * sum_hi + sum_lo + (split ? sum_hi : 0));
-  }
-  if (split) {
-    split_bytes(hi, n);
-    split_bytes(lo, n);
+  int16_t *codes = (int16_t *)(void *)out;
+  float *scales = out + n / 2;
+  const __m512i order = order_of_columns(split);
+  for (int64_t b = 0; b < n / BLOCK; b++, codes += BLOCK) {
+    float scale = quantize_block(x + b * BLOCK, codes);
+    scales[b] = split ? scale / (float)NF4_RANGE : scale;
+    for (int i = 0; i < BLOCK; i += 32)
+      _mm512_storeu_si512(codes + i, _mm512_permutexvar_epi16(order, _mm512_loadu_si512(codes + i)));
   }
 }
 
-/* scale[0] in the lanes of the first block of a pair, scale[1] in those of the second. */
-INLINE __m512 pair_scale(const float *scale) {
-  const __m512i lanes = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
-  return _mm512_permutexvar_ps(lanes,
-                               _mm512_castsi512_ps(_mm512_set1_epi64(*(const int64_t *)(const void *)scale)));
-}
-
-INLINE __m512 weighted(__m512i high, __m512i middle, __m512 scale, __m512 acc) {
-  __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(high, 8), middle);
-  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, acc);
-}
-
-/* Sum of a[i] * b[i], the offsets' share of a row. */
-INLINE float dot_blocks(const float *a, const float *b, int64_t n) {
-  __m512 acc = _mm512_setzero_ps();
-  for (int64_t i = 0; i < n; i += 16) {
-    __mmask16 mask = n - i < 16 ? (__mmask16)((1u << (n - i)) - 1) : (__mmask16)0xffff;
-    acc = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, a + i), _mm512_maskz_loadu_ps(mask, b + i), acc);
-  }
-  return _mm512_reduce_add_ps(acc);
-}
-
+/* Some columns of up to two panels, ready for vpdpwssd: lane r holds two columns of row r. */
 typedef struct {
-  __m512i hi, lo;
-} tables;
+  __m512i codes[CHUNK / 2][2];
+  __m512 scales[CHUNK_BLOCKS][2];
+} unpacked;
 
-INLINE void add_pair(const tables *book, int tokens, const uint8_t *codes, const float *absmax,
-                     const int8_x *x, int64_t column, __m512 acc[4]) {
-  __m512i odd = _mm512_loadu_si512(codes), even = _mm512_srli_epi16(odd, 4), zero = _mm512_setzero_si512();
-  __m512i even_hi = _mm512_permutexvar_epi8(even, book->hi),
-          even_lo = _mm512_permutexvar_epi8(even, book->lo);
-  __m512i odd_hi = _mm512_permutexvar_epi8(odd, book->hi), odd_lo = _mm512_permutexvar_epi8(odd, book->lo);
-  __m512 weight_scale = pair_scale(absmax);
+INLINE __m128i piece(const uint8_t *p) { return _mm_loadu_si128((const __m128i *)(const void *)p); }
+
+/* out[c] = the 32-bit item c of 16 rows, c < 4. */
+INLINE void transpose(const uint8_t *rows, int64_t stride, __m512i out[4]) {
+  __m512i v[4];
 #pragma GCC unroll 4
-  for (int t = 0; t < tokens; t++) {
-    __m512i x_even = _mm512_loadu_si512(x[t].hi + column),
-            x_odd = _mm512_loadu_si512(x[t].hi + column + BLOCK);
-    __m512i low_even = _mm512_loadu_si512(x[t].lo + column),
-            low_odd = _mm512_loadu_si512(x[t].lo + column + BLOCK);
-    __m512i high = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, even_hi, x_even), odd_hi, x_odd);
-    __m512i middle = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, even_hi, low_even), odd_hi, low_odd);
-    __m512i other = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(middle, even_lo, x_even), odd_lo, x_odd);
-    /* one token: its scales are in those of the weights already */
-    __m512 scale =
-        tokens == 1 ? weight_scale : _mm512_mul_ps(weight_scale, pair_scale(x[t].scale + column / BLOCK));
-    acc[t] = weighted(high, other, scale, acc[t]);
+  for (int i = 0; i < 4; i++) { /* lanes of 128 bits: rows i, i + 4, i + 8, i + 12 */
+    const uint8_t *row = rows + i * stride;
+    v[i] = _mm512_castsi128_si512(piece(row));
+    v[i] = _mm512_mask_broadcast_i32x4(v[i], 0x00f0, piece(row + 4 * stride));
+    v[i] = _mm512_mask_broadcast_i32x4(v[i], 0x0f00, piece(row + 8 * stride));
+    v[i] = _mm512_mask_broadcast_i32x4(v[i], 0xf000, piece(row + 12 * stride));
   }
+  __m512i low01 = _mm512_unpacklo_epi32(v[0], v[1]), high01 = _mm512_unpackhi_epi32(v[0], v[1]);
+  __m512i low23 = _mm512_unpacklo_epi32(v[2], v[3]), high23 = _mm512_unpackhi_epi32(v[2], v[3]);
+  out[0] = _mm512_unpacklo_epi64(low01, low23);
+  out[1] = _mm512_unpackhi_epi64(low01, low23);
+  out[2] = _mm512_unpacklo_epi64(high01, high23);
+  out[3] = _mm512_unpackhi_epi64(high01, high23);
 }
 
-/* `scales` are the row's, [blocks]; with one token, times the token's. */
-INLINE void nf4_tile(const matrix *m, const tables *book, int tokens, int64_t row, const float *scales,
-                     const int8_x *x, float *y, int64_t y_stride) {
-  int64_t blocks = blocks_of(m);
-  const uint8_t *codes = m->data + row * m->cols / 2;
-  __m512 acc[4];
-  for (int t = 0; t < tokens; t++) acc[t] = _mm512_setzero_ps();
-  for (int64_t b = 0; b < blocks; b += 2, codes += BLOCK) {
-    if (tokens == 1) _mm_prefetch((const char *)codes + PREFETCH_BYTES, _MM_HINT_T0);
-    add_pair(book, tokens, codes, scales + b, x, b * BLOCK, acc);
-  }
-  for (int t = 0; t < tokens; t++) y[t * y_stride] += _mm512_reduce_add_ps(acc[t]);
-}
+/* Vectors of two columns that 16 bytes of a row unpack to. */
+INLINE int piece_vectors(int dtype) { return dtype == ADRT_NF4 ? 16 : 8; }
 
-INLINE void int8_tile(const matrix *m, int tokens, int64_t row, const float *scales, const int8_x *x,
-                      float *y, int64_t y_stride) {
-  int64_t blocks = blocks_of(m);
-  const uint8_t *codes = m->data + row * m->cols;
-  const __m512i zero = _mm512_setzero_si512(), flip = _mm512_set1_epi8((char)0x80);
-  __m512 acc[4];
-  for (int t = 0; t < tokens; t++) acc[t] = _mm512_setzero_ps();
-  for (int64_t b = 0; b < blocks; b++, codes += BLOCK) {
-    if (tokens == 1) _mm_prefetch((const char *)codes + PREFETCH_BYTES, _MM_HINT_T0);
-    __m512i w = _mm512_xor_si512(_mm512_loadu_si512(codes), flip);
+/* 16 bytes of each row of a panel; `ahead` is memory that will be wanted. */
+INLINE void unpack_piece(int dtype, const uint8_t *rows, int64_t stride, const uint8_t *ahead, __m512i *out) {
+  const __m512i book = _mm512_loadu_si512(codebook);
+  __m512i column[4];
+  transpose(rows, stride, column);
 #pragma GCC unroll 4
-    for (int t = 0; t < tokens; t++) {
-      __m512i high = _mm512_dpbusd_epi32(zero, w, _mm512_loadu_si512(x[t].hi + b * BLOCK));
-      __m512i low = _mm512_dpbusd_epi32(zero, w, _mm512_loadu_si512(x[t].lo + b * BLOCK));
-      float scale = tokens == 1 ? scales[b] : scales[b] * x[t].scale[b];
-      acc[t] = weighted(high, low, _mm512_set1_ps(scale), acc[t]);
+  for (int c = 0; c < 4; c++) {
+    _mm_prefetch((const char *)ahead + 64 * c, _MM_HINT_T1);
+    if (dtype == ADRT_NF4) {
+#pragma GCC unroll 4
+      for (int nibble = 0; nibble < 4; nibble++)
+        out[4 * c + nibble] = _mm512_permutexvar_epi16(_mm512_srli_epi16(column[c], 4 * nibble), book);
+    } else {
+      out[2 * c] = _mm512_srai_epi16(_mm512_slli_epi16(column[c], 8), 8);
+      out[2 * c + 1] = _mm512_srai_epi16(column[c], 8);
     }
   }
-  for (int t = 0; t < tokens; t++) y[t * y_stride] += _mm512_reduce_add_ps(acc[t]);
 }
 
-/* y starts as the offsets' share; with one token, the weights' scales then take in the token's. */
-INLINE void begin_rows(const matrix *m, int tokens, int64_t rows, float *scales, const int8_x *x, float *y,
-                       int64_t y_stride) {
-  int64_t blocks = blocks_of(m);
-  for (int64_t r = 0; r < rows; r++) {
-    float *of_row = scales + r * blocks;
-    for (int t = 0; t < tokens; t++) y[t * y_stride + r] = dot_blocks(of_row, x[t].offset, blocks);
-    for (int64_t b = 0; tokens == 1 && b < blocks; b++) of_row[b] *= x[0].scale[b];
+INLINE void unpack_codes(int dtype, const uint8_t *rows, int64_t stride, int64_t bytes, const uint8_t *ahead,
+                         __m512i (*out)[2]) {
+  for (int64_t i = 0; i < bytes; i += 16, ahead += 16 * PANEL) {
+    __m512i codes[16];
+    unpack_piece(dtype, rows + i, stride, ahead, codes);
+#pragma GCC unroll 16
+    for (int j = 0; j < piece_vectors(dtype); j++) (*out++)[0] = codes[j];
   }
 }
 
-INLINE void int8_rows(const matrix *m, int dtype, const tables *book, int tokens, int64_t row0, int64_t rows,
-                      float *scales, const float *x, int64_t x_stride, float *y, int64_t y_stride) {
-  int8_x views[4];
-  int64_t blocks = blocks_of(m);
-  for (int t = 0; t < tokens; t++) views[t] = int8_view(x + t * x_stride, m->cols);
-  begin_rows(m, tokens, rows, scales, views, y, y_stride);
-  for (int64_t r = 0; r < rows; r++) {
-    if (dtype == ADRT_NF4)
-      nf4_tile(m, book, tokens, row0 + r, scales + r * blocks, views, y + r, y_stride);
+/* `scales` are the panel's, [16][row_blocks], from the first wanted block on, and may be read 3 beyond the last. */
+INLINE void unpack_scales(const float *scales, int64_t row_blocks, int64_t blocks, __m512 (*out)[2]) {
+  for (int64_t b = 0; b < blocks; b += 4) {
+    __m512i column[4];
+    transpose((const uint8_t *)(scales + b), row_blocks * 4, column);
+    for (int c = 0; c < 4 && b + c < blocks; c++) out[b + c][0] = _mm512_castsi512_ps(column[c]);
+  }
+}
+
+/* sum += products of 16-bit pairs. GCC copies the sums of a loop over the intrinsic to and fro, which halves
+ * its speed. */
+INLINE void add_products(__m512i *sum, __m512i a, __m512i b) {
+  __asm__("vpdpwssd %2, %1, %0" : "+v"(*sum) : "v"(a), "v"(b));
+}
+
+/* The same with one pair, in memory, for all lanes. */
+INLINE void add_products_of_pair(__m512i *sum, __m512i a, const int16_t *pair) {
+  __asm__("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(*sum) : "v"(a), "m"(*(const int16_t(*)[2])(const void *)pair));
+}
+
+/* sums[t][panel] += the chunk's share of the products, a block at a time. */
+INLINE void add_tile(const unpacked *w, int panels, int tokens, int64_t blocks, int16_x x, __m512 (*sums)[2]) {
+  for (int64_t b = 0; b < blocks; b++, x = move(x, 0, 1)) {
+    __m512i sum[TILE_TOKENS][2];
+#pragma GCC unroll 12
+    for (int t = 0; t < tokens; t++) sum[t][0] = sum[t][1] = _mm512_setzero_si512();
+#pragma GCC unroll 2
+    for (int k = 0; k < BLOCK / 2; k++) {
+      const __m512i *codes = w->codes[b * (BLOCK / 2) + k];
+#pragma GCC unroll 12
+      for (int t = 0; t < tokens; t++) {
+        int32_t two;
+        memcpy(&two, x.codes + 2 * t * x.stride + 2 * k, 4);
+#pragma GCC unroll 2
+        for (int p = 0; p < panels; p++) add_products(&sum[t][p], codes[p], _mm512_set1_epi32(two));
+      }
+    }
+#pragma GCC unroll 12
+    for (int t = 0; t < tokens; t++) {
+      __m512 scale = _mm512_set1_ps(x.scales[t * x.stride]);
+#pragma GCC unroll 2
+      for (int p = 0; p < panels; p++)
+        sums[t][p] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[t][p]), _mm512_mul_ps(w->scales[b][p], scale),
+                                     sums[t][p]);
+    }
+  }
+}
+
+/* A chunk for all tokens; x starts at it. */
+INLINE void add_chunk(const unpacked *w, int panels, int64_t blocks, int16_x x, int64_t n_tokens,
+                      __m512 (*sums)[2]) {
+  for (int64_t n; n_tokens; n_tokens -= n, sums += n, x = move(x, n, 0)) {
+    n = n_tokens >= 12 ? 12 : n_tokens >= 8 ? 8 : n_tokens >= 4 ? 4 : n_tokens >= 2 ? 2 : 1;
+    switch (n) {
+      case 12: add_tile(w, panels, 12, blocks, x, sums); break;
+      case 8: add_tile(w, panels, 8, blocks, x, sums); break;
+      case 4: add_tile(w, panels, 4, blocks, x, sums); break;
+      case 2: add_tile(w, panels, 2, blocks, x, sums); break;
+      default: add_tile(w, panels, 1, blocks, x, sums);
+    }
+  }
+}
+
+/* Scales of up to two panels, [panel][16][blocks]. */
+typedef struct {
+  int64_t first[2]; /* row of each panel; the last panel of a matrix may overlap the one before it */
+  float scales[2][PANEL * SCALES_AT_ONCE + 4];
+} panel_pair;
+
+/* A block of one panel against few tokens, from registers; several sums a token when one would wait for itself. */
+INLINE void add_block_directly(int dtype, int tokens, const uint8_t *rows, int64_t stride, const uint8_t *ahead,
+                               __m512 weight_scale, int16_x x, __m512 *sums) {
+  const int split = tokens == 1 ? 4 : tokens == 2 ? 2 : 1, vectors = piece_vectors(dtype);
+  __m512i sum[DIRECT_TOKENS][4];
+  for (int t = 0; t < tokens; t++)
+    for (int i = 0; i < split; i++) sum[t][i] = _mm512_setzero_si512();
+  for (int64_t i = 0; i < block_bytes(dtype); i += 16, ahead += 16 * PANEL, x.codes += 2 * vectors) {
+    __m512i codes[16];
+    unpack_piece(dtype, rows + i, stride, ahead, codes);
+#pragma GCC unroll 16
+    for (int k = 0; k < vectors; k++) {
+#pragma GCC unroll 8
+      for (int t = 0; t < tokens; t++)
+        add_products_of_pair(&sum[t][k % split], codes[k], x.codes + 2 * t * x.stride + 2 * k);
+    }
+  }
+  for (int t = 0; t < tokens; t++) {
+    for (int i = 1; i < split; i++) sum[t][0] = _mm512_add_epi32(sum[t][0], sum[t][i]);
+    __m512 scale = _mm512_mul_ps(weight_scale, _mm512_set1_ps(x.scales[t * x.stride]));
+    sums[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[t][0]), scale, sums[t]);
+  }
+}
+
+INLINE void multiply_directly(const matrix *m, int dtype, int64_t row, const float *scales, int tokens, int16_x x,
+                              __m512 (*sums)[2]) {
+  int64_t blocks = blocks_of(m), stride = row_bytes(dtype, m->cols), size = block_bytes(dtype);
+  const uint8_t *rows = m->data + row * stride;
+  __m512 sum[DIRECT_TOKENS];
+  for (int t = 0; t < tokens; t++) sum[t] = _mm512_setzero_ps();
+  for (int64_t b = 0; b < blocks; b += 4) {
+    __m512i scale[4];
+    transpose((const uint8_t *)(scales + b), blocks * 4, scale);
+    for (int i = 0; i < 4 && b + i < blocks; i++, rows += size, x = move(x, 0, 1))
+      add_block_directly(dtype, tokens, rows, stride, rows + (b + i) * size * (PANEL - 1) + PANEL * stride,
+                         _mm512_castsi512_ps(scale[i]), x, sum);
+  }
+  for (int t = 0; t < tokens; t++) sums[t][0] = sum[t];
+}
+
+INLINE void multiply_few(const matrix *m, int dtype, const panel_pair *pair, int panels, int16_x x, int64_t n,
+                         __m512 (*sums)[2]) {
+  for (int p = 0; p < panels; p++) {
+    __m512(*out)[2] = (__m512(*)[2])&sums[0][p];
+    switch (n) {
+      case 1: multiply_directly(m, dtype, pair->first[p], pair->scales[p], 1, x, out); break;
+      case 2: multiply_directly(m, dtype, pair->first[p], pair->scales[p], 2, x, out); break;
+      case 3: multiply_directly(m, dtype, pair->first[p], pair->scales[p], 3, x, out); break;
+      case 4: multiply_directly(m, dtype, pair->first[p], pair->scales[p], 4, x, out); break;
+      case 5: multiply_directly(m, dtype, pair->first[p], pair->scales[p], 5, x, out); break;
+      case 6: multiply_directly(m, dtype, pair->first[p], pair->scales[p], 6, x, out); break;
+      case 7: multiply_directly(m, dtype, pair->first[p], pair->scales[p], 7, x, out); break;
+      default: multiply_directly(m, dtype, pair->first[p], pair->scales[p], 8, x, out);
+    }
+  }
+}
+
+INLINE void multiply_many(const matrix *m, int dtype, const panel_pair *pair, int panels, int16_x x,
+                          int64_t n_tokens, __m512 (*sums)[2]) {
+  unpacked w;
+  int64_t blocks = blocks_of(m), stride = row_bytes(dtype, m->cols);
+  memset(sums, 0, (size_t)n_tokens * sizeof *sums);
+  for (int64_t b = 0; b < blocks; b += CHUNK_BLOCKS) {
+    int64_t n = blocks - b < CHUNK_BLOCKS ? blocks - b : CHUNK_BLOCKS;
+    int64_t from = b * block_bytes(dtype), bytes = n * block_bytes(dtype);
+    for (int p = 0; p < panels; p++) {
+      const uint8_t *rows = m->data + pair->first[p] * stride;
+      unpack_codes(dtype, rows + from, stride, bytes, rows + (2 * stride + from) * PANEL,
+                   (__m512i(*)[2])&w.codes[0][p]);
+      unpack_scales(pair->scales[p] + b, blocks, n, (__m512(*)[2])&w.scales[0][p]);
+    }
+    if (panels == 2)
+      add_chunk(&w, 2, n, move(x, 0, b), n_tokens, sums);
     else
-      int8_tile(m, tokens, row0 + r, scales + r * blocks, views, y + r, y_stride);
+      add_chunk(&w, 1, n, move(x, 0, b), n_tokens, sums);
   }
 }
 
-INLINE void int8_product(const matrix *m, int dtype, int64_t row0, int64_t n_rows, const float *x,
+/* What a pair's sums say of rows [row, row + n_rows) of the matrix. */
+static void store_sums(const panel_pair *pair, int panels, int64_t row, int64_t n_rows, int64_t tokens,
+                       __m512 (*sums)[2], float *y, int64_t y_stride) {
+  for (int p = 0; p < panels; p++, row += PANEL, n_rows -= PANEL, y += PANEL) {
+    __mmask16 wanted = (__mmask16)(0xffff << (row - pair->first[p]));
+    __mmask16 rows = n_rows < PANEL ? (__mmask16)((1 << n_rows) - 1) : (__mmask16)0xffff;
+    for (int64_t t = 0; t < tokens; t++)
+      _mm512_mask_storeu_ps(y + t * y_stride, rows, _mm512_maskz_compress_ps(wanted, sums[t][p]));
+  }
+}
+
+INLINE void fast_product(const matrix *m, int dtype, int64_t row0, int64_t n_rows, const float *x,
                          int64_t x_stride, int64_t n_tokens, float *y, int64_t y_stride) {
-  float scales[SCALES_AT_ONCE];
-  const tables book = {_mm512_loadu_si512(codebook_hi), _mm512_loadu_si512(codebook_lo)};
-  int64_t at_once = rows_at_once(m, dtype, n_rows);
-  for (int64_t r = 0; r < n_rows; r += at_once) {
-    int64_t rows = n_rows - r < at_once ? n_rows - r : at_once, t = 0;
-    expand_scales(m, dtype, row0 + r, rows, scales);
-    for (; t + 4 <= n_tokens; t += 4)
-      int8_rows(m, dtype, &book, 4, row0 + r, rows, scales, x + t * x_stride, x_stride, y + t * y_stride + r,
-                y_stride);
-    for (; t + 2 <= n_tokens; t += 2)
-      int8_rows(m, dtype, &book, 2, row0 + r, rows, scales, x + t * x_stride, x_stride, y + t * y_stride + r,
-                y_stride);
-    if (t < n_tokens) /* the last: it overwrites the scales */
-      int8_rows(m, dtype, &book, 1, row0 + r, rows, scales, x + t * x_stride, x_stride, y + t * y_stride + r,
-                y_stride);
+  __m512 sums[TOKENS_AT_ONCE][2];
+  panel_pair pair;
+  const int16_x view = int16_view(x, x_stride, m->cols);
+  const int64_t at_once = n_tokens <= 2 * DIRECT_TOKENS ? DIRECT_TOKENS : TOKENS_AT_ONCE;
+  for (int64_t r = 0; r < n_rows; r += 2 * PANEL) {
+    int panels = n_rows - r > PANEL ? 2 : 1;
+    for (int p = 0; p < panels; p++) {
+      int64_t row = row0 + r + p * PANEL, last = m->rows - PANEL;
+      pair.first[p] = row < last ? row : last;
+      expand_scales(m, dtype, pair.first[p], PANEL, pair.scales[p]);
+    }
+    for (int64_t t = 0; t < n_tokens; t += at_once) {
+      int64_t tokens = n_tokens - t < at_once ? n_tokens - t : at_once;
+      if (tokens <= DIRECT_TOKENS)
+        multiply_few(m, dtype, &pair, panels, move(view, t, 0), tokens, sums);
+      else
+        multiply_many(m, dtype, &pair, panels, move(view, t, 0), tokens, sums);
+      store_sums(&pair, panels, row0 + r, n_rows - r, tokens, sums, y + t * y_stride + r, y_stride);
+    }
   }
 }
 
 #define DEFINE_FAST(name, dtype)                                                                    \
   static void name(const matrix *m, int64_t row0, int64_t n_rows, const float *x, int64_t x_stride, \
                    int64_t n_tokens, float *y, int64_t y_stride) {                                  \
-    int8_product(m, dtype, row0, n_rows, x, x_stride, n_tokens, y, y_stride);                       \
+    fast_product(m, dtype, row0, n_rows, x, x_stride, n_tokens, y, y_stride);                       \
   }
 DEFINE_FAST(fast_int8, ADRT_INT8)
 DEFINE_FAST(fast_nf4, ADRT_NF4)

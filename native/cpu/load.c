@@ -7,6 +7,9 @@
 
 enum { MAX_THREADS = 1024, MAX_PAGE_TOKENS = 1 << 16, ITEM_BYTES = 64 * 1024 };
 
+/* Floats: a tile of tokens reads the same columns of each, which must not meet in the same sets of the cache. */
+enum { CACHE_WAY = 1024, STAGGER = 128 };
+
 bool buffer_reserve(buffer *b, int64_t count, int64_t size) {
   if (count <= b->capacity) return true;
   void *data = cpu_calloc(count, size);
@@ -59,21 +62,22 @@ static void choose_product(const adrt_executable *e, instruction *in) {
   if (needs_decoding(m)) {
     in->product = e->kernels->exact[ADRT_F32];
     in->layout = X_PLAIN;
-  } else if (fast && m->cols % (nf4 ? 2 * BLOCK : BLOCK) == 0) {
+  } else if (fast && m->rows >= PANEL && m->cols % BLOCK == 0) {
     in->product = fast;
-    in->layout = nf4 ? X_INT8_SPLIT : X_INT8;
+    in->layout = nf4 ? X_INTEGER_SPLIT : X_INTEGER;
   } else {
     in->product = e->kernels->exact[dtype];
     in->layout = nf4 ? X_SPLIT : X_PLAIN;
   }
 }
 
-/* Items of about ITEM_BYTES of weights, but enough of them to keep every thread busy. */
+/* Items of about ITEM_BYTES of weights, but enough of them to keep every thread busy; whole pairs of panels,
+ * which the integer kernels multiply together. */
 static int64_t choose_rows_per_item(const adrt_executable *e, const adrt_tensor *weight) {
   int64_t row_bytes = (int64_t)(weight->bytes / (uint64_t)weight->rows) + 1;
   int64_t rows = ITEM_BYTES / row_bytes, share = weight->rows / (4 * (int64_t)e->options.threads);
   if (rows > share) rows = share;
-  return rows < PANEL ? PANEL : rows / PANEL * PANEL;
+  return rows < 2 * PANEL ? 2 * PANEL : rows / (2 * PANEL) * (2 * PANEL);
 }
 
 static int find_rope_table(adrt_executable *e, instruction *in) {
@@ -216,7 +220,7 @@ static int build(adrt_executable *e, const adrt_program *p, adrt_error *error) {
   int code = load_instructions(e, p, error);
   if (code != ADRT_OK) return code;
   cut_waves(e);
-  e->slot_stride = cpu_align(e->max_cols, BLOCK);
+  e->slot_stride = cpu_align(e->max_cols, CACHE_WAY) + STAGGER;
   if (!(e->slots = cpu_calloc((int64_t)e->n_slots, sizeof *e->slots)))
     return cpu_fail(error, ADRT_NO_MEMORY, "no memory for %d activations", e->n_slots);
   if (!(e->pool = pool_create(e->options.threads)))

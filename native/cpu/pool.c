@@ -1,5 +1,6 @@
 /* Workers sleep on a condition variable between jobs, so that an idle model costs nothing and the caller's
- * other threads get their cores; inside a job, barriers are microseconds apart, so they spin and soon yield,
+ * other threads get their cores, but first they spin for as long as a caller needs between two decode steps:
+ * a wake-up costs more than that. Inside a job, barriers are microseconds apart, so they spin and soon yield,
  * for when others want the cores, the thread waited for may need this one. */
 #include "pool.h"
 
@@ -7,9 +8,10 @@
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <time.h>
 #include <unistd.h>
 
-enum { SPINS_BEFORE_YIELD = 200 };
+enum { SPINS_BEFORE_YIELD = 200, NANOSECONDS_BEFORE_SLEEP = 100000 };
 
 struct pool {
   int32_t threads;
@@ -18,8 +20,8 @@ struct pool {
   pid_t owner; /* a forked child has no workers */
   pthread_mutex_t mutex;
   pthread_cond_t wake;
-  uint64_t generation; /* of jobs, under mutex */
-  bool stopping;       /* under mutex */
+  _Atomic uint64_t generation; /* of jobs; changes under mutex */
+  bool stopping;               /* under mutex */
   pool_job *job;
   void *argument;
   _Alignas(64) atomic_int arrived;
@@ -55,11 +57,25 @@ void pool_barrier(pool *p) {
   }
 }
 
+static int64_t nanoseconds(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+/* Until a job comes, for a while. */
+static void spin(const pool *p, uint64_t seen) {
+  int64_t end = nanoseconds() + NANOSECONDS_BEFORE_SLEEP;
+  while (atomic_load_explicit(&p->generation, memory_order_relaxed) == seen && nanoseconds() < end)
+    for (int i = 0; i < 8; i++) relax();
+}
+
 static void *work(void *argument) {
   worker_start start = *(worker_start *)argument;
   free(argument);
   pool *p = start.owner;
   for (uint64_t seen = 0;;) {
+    spin(p, seen);
     pthread_mutex_lock(&p->mutex);
     while (p->generation == seen && !p->stopping) pthread_cond_wait(&p->wake, &p->mutex);
     seen = p->generation;
@@ -90,6 +106,7 @@ pool *pool_create(int32_t threads) {
   *p = (pool){.threads = threads, .owner = getpid()};
   atomic_init(&p->arrived, 0);
   atomic_init(&p->phase, 0);
+  atomic_init(&p->generation, 0);
   pthread_mutex_init(&p->mutex, NULL);
   pthread_cond_init(&p->wake, NULL);
   p->ids = calloc((size_t)threads, sizeof *p->ids);

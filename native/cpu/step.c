@@ -48,22 +48,38 @@ static void run_item(adrt_executable *e, const instruction *in, enum phase phase
   }
 }
 
+/* Take a share of what is left, at least one item: long runs first, so that a thread streams through consecutive
+ * weights and its prefetches are its own, single items last, so that all finish together. */
+static int64_t take_items(const adrt_executable *e, atomic_llong *next, int64_t total, int64_t *first) {
+  long long begin = atomic_load_explicit(next, memory_order_relaxed), count;
+  do {
+    if (begin >= total) return 0;
+    count = (total - begin) / (2 * e->options.threads);
+    if (count < 1) count = 1;
+  } while (!atomic_compare_exchange_weak_explicit(next, &begin, begin + count, memory_order_relaxed,
+                                                  memory_order_relaxed));
+  *first = begin;
+  return count;
+}
+
 /* Take items of a wave's phase until none is left; true when there were any, for any thread. */
 static bool run_phase(adrt_executable *e, int32_t wave, enum phase phase, float *scratch) {
   int32_t first = e->wave_start[wave], end = e->wave_start[wave + 1], i = first;
-  int64_t total = 0;
+  int64_t total = 0, base = 0, item, taken;
   for (int32_t j = first; j < end; j++) total += items(e, &e->instructions[j], phase);
   if (!total) return false;
-  int64_t base = 0, count = items(e, &e->instructions[first], phase);
-  for (;;) {
-    int64_t item = atomic_fetch_add_explicit(&e->next_item[wave * N_PHASES + phase], 1, memory_order_relaxed);
-    if (item >= total) return true;
-    while (item - base >= count) { /* on to the instruction that this item belongs to */
-      base += count;
-      count = items(e, &e->instructions[++i], phase);
+  int64_t count = items(e, &e->instructions[first], phase);
+  atomic_llong *next = &e->next_item[wave * N_PHASES + phase];
+  while ((taken = take_items(e, next, total, &item))) {
+    for (; taken; taken--, item++) {
+      while (item - base >= count) { /* on to the instruction that this item belongs to */
+        base += count;
+        count = items(e, &e->instructions[++i], phase);
+      }
+      run_item(e, &e->instructions[i], phase, item - base, scratch);
     }
-    run_item(e, &e->instructions[i], phase, item - base, scratch);
   }
+  return true;
 }
 
 static void walk_waves(void *executable, int32_t thread) {
