@@ -23,6 +23,7 @@ from adaptrt.adapters.stack import lower
 from adaptrt.api import choose_backend, find_adapter
 from adaptrt.backends.base import LoadOptions
 from adaptrt.backends.cpu import available_cores, int8_peak, read_bandwidth
+from adaptrt.bench.peers import Setup
 from adaptrt.bench.shapes import SHAPES, cached_model, random_lora
 from adaptrt.bench.subject import Cost, Subject, adapter_bytes
 from adaptrt.bench.work import Work, measure
@@ -202,7 +203,7 @@ def _peer(name: str, path: str | Path, registry: Registry, threads: int, steps: 
     with open_file(path) as file:
         specs = open_base(file, registry.architectures).specs
         lengths = _lengths(file.metadata["llama.context_length"])[:2]
-        works: list[Work] = peer.works(file.metadata, specs, Path(path), threads, steps, lengths)
+        works: list[Work] = peer.works(Setup(file.metadata, specs, Path(path), threads, steps, lengths))
     return works
 
 

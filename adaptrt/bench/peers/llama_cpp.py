@@ -4,38 +4,28 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
 from importlib import import_module
-from pathlib import Path
-from typing import Any
 
+from adaptrt.bench.peers import Setup
 from adaptrt.bench.peers.gguf import write_gguf
 from adaptrt.bench.work import Work
-from adaptrt.model.architecture import TensorSpec
 
 NAME = "llama.cpp"
 PACKAGE = "llama_cpp"
 
 
-def works(
-    metadata: Mapping[str, Any],
-    specs: tuple[TensorSpec, ...],
-    cache: Path,
-    threads: int,
-    steps: int,
-    prefills: Sequence[int],
-) -> list[Work]:
+def works(setup: Setup) -> list[Work]:
     """Decode with one stream and prefills, named as ours are."""
-    path = cache.with_suffix(".iq4_nl.gguf")
+    path = setup.cache.with_suffix(".iq4_nl.gguf")
     if not path.exists():
-        write_gguf(path, metadata, specs)
+        write_gguf(path, setup.metadata, setup.specs)
     llama = import_module(PACKAGE).Llama(
         str(path),
-        n_ctx=max(*prefills, steps) + 8,
+        n_ctx=max(*setup.prefills, setup.steps) + 8,
         n_batch=512,
         n_ubatch=512,
-        n_threads=threads,
-        n_threads_batch=threads,
+        n_threads=setup.threads,
+        n_threads_batch=setup.threads,
         verbose=False,
     )
 
@@ -46,7 +36,7 @@ def works(
 
     def decode() -> float:
         llama.reset()
-        return statistics.median(evaluate([5 + position]) for position in range(steps))
+        return statistics.median(evaluate([5 + position]) for position in range(setup.steps))
 
     def prefill(n_tokens: int) -> float:
         llama.reset()
@@ -54,5 +44,5 @@ def works(
 
     return [
         Work("decode 1 stream", 1, decode),
-        *(Work(f"prefill {n}", n, lambda n=n: prefill(n)) for n in prefills),  # type: ignore[misc]
+        *(Work(f"prefill {n}", n, lambda n=n: prefill(n)) for n in setup.prefills),  # type: ignore[misc]
     ]

@@ -4,38 +4,30 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
+from adaptrt.bench.peers import Setup
 from adaptrt.bench.work import Work
-from adaptrt.model.architecture import TensorSpec
 
 NAME = "peft"
 PACKAGE = "peft"
 RANK = 16
 
 
-def works(
-    metadata: Mapping[str, Any],
-    specs: tuple[TensorSpec, ...],
-    cache: Path,
-    threads: int,
-    steps: int,
-    prefills: Sequence[int],
-) -> list[Work]:
+def works(setup: Setup) -> list[Work]:
     """Decode with and without an adapter, and prefills, named as ours are."""
     torch = import_module("torch")
-    torch.set_num_threads(threads)
-    model = _quantized(metadata)
+    torch.set_num_threads(setup.threads)
+    model = _quantized(setup.metadata)
 
     def decode(adapted: bool) -> float:
         with torch.inference_mode(), _adapter(model, adapted):
             past = model(torch.tensor([[5]]), use_cache=True).past_key_values
             times = []
-            for position in range(steps):
+            for position in range(setup.steps):
                 start = time.perf_counter()
                 past = model(
                     torch.tensor([[6 + position]]), past_key_values=past, use_cache=True
@@ -53,7 +45,7 @@ def works(
     return [
         Work("decode 1 stream", 1, lambda: decode(False)),
         Work("decode 1 stream, 1 adapter", 1, lambda: decode(True)),
-        *(Work(f"prefill {n}", n, lambda n=n: prefill(n)) for n in prefills),  # type: ignore[misc]
+        *(Work(f"prefill {n}", n, lambda n=n: prefill(n)) for n in setup.prefills),  # type: ignore[misc]
     ]
 
 
