@@ -18,7 +18,7 @@ from helpers.tiny import convert_model
 
 import adaptrt
 from adaptrt.adapters.base import BaseView
-from adaptrt.adapters.normal import Lowered, Term
+from adaptrt.adapters.normal import Lowered, LowRank
 from adaptrt.adapters.options import any_value
 from adaptrt.adapters.stack import lower
 from adaptrt.adapters.storage import read_adapter, write_adapter
@@ -65,7 +65,7 @@ class GainVariant(Variant):
 
     def lower(self, params: Any, tensors: Mapping[str, Tensor], base: Any, scale: float) -> Lowered:
         gain = tensors["gain"].data.view(np.float32)
-        terms = (Term(tensors["u"], tensors["P"], scale),)
+        terms = (LowRank(tensors["u"], tensors["P"], scale),)
         return self.spoil(Lowered(terms, g_out=1 + np.float32(scale) * (gain - 1)))
 
     def spoil(self, lowered: Lowered) -> Lowered:
@@ -123,7 +123,7 @@ SPOILT: dict[str, Callable[[Lowered], Lowered]] = {
     "U0 is [3, 64], expected [64, 3]": lambda low: replace(
         low, terms=(replace(low.terms[0], u=low.terms[0].v),)
     ),
-    "V0 is [64, 3], expected [64, 64]": lambda low: replace(
+    "V0 is [64, 3], expected [rank, 64]": lambda low: replace(
         low, terms=(replace(low.terms[0], v=low.terms[0].u),)
     ),
     "d0 is [2], expected [3]": lambda low: replace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -14,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,8 +23,12 @@ import torch
 from helpers.cli import adaptrt_cli, adaptrt_process
 from helpers.oracle import Oracle, peft_folder
 from helpers.tiny import CHAT_TEMPLATE, byte_tokenizer, convert_model, tiny_folder
+from numpy.typing import NDArray
 
 import adaptrt
+from adaptrt.backends.base import Batch
+from adaptrt.backends.native import NativeExecutable
+from adaptrt.cli import main
 from adaptrt.cli.chat import Chat
 from adaptrt.engine.request import Chunk, Sampling
 
@@ -126,17 +132,28 @@ def test_a_stop_text_ends_the_answer(tiny: Tiny) -> None:
     assert adaptrt_cli(*args, "--stop", stop).out == whole[: whole.index(stop)] + "\n"
 
 
-def test_text_streams_before_the_end(tiny: Tiny) -> None:
-    """The first characters arrive while the process still runs."""
-    command = [sys.executable, "-m", "adaptrt", "run", str(tiny.model), "-p", "O", "-n", "120", *GREEDY]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        output = process.stdout.fileno()
-        pieces = list(iter(lambda: os.read(output, 4096), b""))
-        assert process.wait() == 0
-    assert len(pieces) > 5
-    for piece in pieces:
-        piece.decode("utf-8")  # never half a character
+def test_text_streams_before_the_end(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text reaches stdout token by token, between the engine's steps, and never half a character."""
+    events: list[str] = []
+    step = NativeExecutable.step
+
+    def counted_step(executable: NativeExecutable, batch: Batch) -> NDArray[np.float32]:
+        events.append("step")
+        return step(executable, batch)
+
+    class Recorder(io.BytesIO):
+        def write(self, data: Any) -> int:
+            events.append(bytes(data).decode("utf-8"))
+            return super().write(data)
+
+    monkeypatch.setattr(NativeExecutable, "step", counted_step)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(Recorder(), "utf-8"))
+    with pytest.raises(SystemExit) as end:
+        main(["run", str(tiny.model), "-p", "O", "-n", "120", *GREEDY])
+    assert end.value.code == 0
+    texts = [index for index, event in enumerate(events) if event != "step"]
+    last_step = len(events) - 1 - events[::-1].index("step")
+    assert len([index for index in texts if index < last_step]) > 1
 
 
 def test_a_batch_equals_each_line_alone(tiny: Tiny, tmp_path: Path) -> None:

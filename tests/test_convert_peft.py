@@ -185,7 +185,7 @@ TENSORS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     ),
     "saved module": (
         with_tensor("base_model.model.model.norm.weight", torch.ones(64)),
-        "'base_model.model.model.norm.weight' belongs to no module",
+        "model.norm.weight is not understood by variant lora",
     ),
     "layer beyond": (
         renamed("layers.1.", "layers.7."),

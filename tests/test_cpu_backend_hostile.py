@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from helpers.programs import Run, adapter, batch, decoder, random, run_tokens
 
-from adaptrt.adapters.normal import Lowered, Term
+from adaptrt.adapters.normal import Lowered, LowRank
 from adaptrt.backends.base import LoadOptions
 from adaptrt.backends.cpu import CpuBackend
 from adaptrt.backends.native import ProgramStructs
@@ -215,7 +215,7 @@ def test_random_batches_never_crash(executable: Any) -> None:
 
 
 def lowered(u: tuple[int, int], v: tuple[int, int], dtype: str = "f32", **fields: Any) -> dict[str, Lowered]:
-    term = Term(
+    term = LowRank(
         from_float32(random(1, *u), dtype), from_float32(random(2, *v), dtype), fields.pop("scale", 1.0)
     )
     return {fields.pop("target", "0.k"): Lowered((term,), **fields)}

@@ -128,7 +128,7 @@ def test_program_of_a_layer() -> None:
     assert [op.layer for op in attention] == [0, 1]
     assert (attention[0].heads, attention[0].kv_heads, attention[0].scale) == (8, 4, 8**-0.5)
     assert [(op.reg, op.heads) for op in program.ops if isinstance(op, Rope)][:2] == [("q", 8), ("k", 4)]
-    assert program.targets[:3] == ("token_embd", "blk.0.attn_q", "blk.0.attn_k")
+    assert program.targets[:3] == ("token_embd", "blk.0.attn_norm", "blk.0.attn_q")
     for op in program.ops:  # every register that an op names is declared
         for field in ("out", "src", "reg", "a", "b", "q", "k", "v", "gate", "up"):
             assert getattr(op, field, "x") in program.registers

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from adaptrt.errors import ModelError
 from adaptrt.format import File
 from adaptrt.model.architecture import Architecture, TensorSpec
-from adaptrt.program import Embed, Linear, Logits, Program
+from adaptrt.program import Embed, Linear, Logits, Norm, Program
 from adaptrt.quant import int8, nf4
 from adaptrt.quant.plain import to_float32
 from adaptrt.tensor import Nf4Layout, Tensor, tensor_nbytes
@@ -21,7 +21,7 @@ from adaptrt.tensor import Nf4Layout, Tensor, tensor_nbytes
 SECTION = "base"
 DIGEST_DIGITS = 16  # of a tensor's SHA-256, in the record an adapter keeps of its base
 
-_KINDS = {Embed: "embedding", Linear: "linear", Logits: "head"}
+_KINDS = {Embed: "embedding", Norm: "norm", Linear: "linear", Logits: "head"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class BaseTarget:
     file: File
 
     def weight(self) -> NDArray[np.float32]:
-        """The dequantized weight, computed at every call."""
+        """The dequantized weight, computed at every call; a norm's is its diagonal [width]."""
         return to_float32(self.file.tensor(SECTION, self.weight_name))
 
     def bias(self) -> NDArray[np.float32] | None:
@@ -127,12 +127,12 @@ def _targets(file: File, architecture: Architecture, program: Program) -> list[B
     specs = {spec.name: spec for spec in architecture.tensors(file.metadata)}
     found = []
     for op in program.ops:
-        if isinstance(op, Embed | Linear | Logits):
+        if isinstance(op, Embed | Norm | Linear | Logits) and op.target is not None:
             spec = specs[op.weight]
             tied = isinstance(op, Logits) and spec.role == "embedding"
             module = architecture.hf_head if tied else spec.hf_name.removesuffix(".weight")
-            rows, cols = spec.shape
-            bias = None if isinstance(op, Embed) else op.bias
+            rows, cols = spec.shape[0], spec.shape[-1]  # a norm's weight is the diagonal of a square
+            bias = op.bias if isinstance(op, Linear | Logits) else None
             found.append(BaseTarget(op.target, module, _KINDS[type(op)], (rows, cols), op.weight, bias, file))
     return found
 

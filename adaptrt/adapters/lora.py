@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from adaptrt.adapters.normal import Lowered, Term
+from adaptrt.adapters.normal import Lowered, LowRank
 from adaptrt.adapters.options import Rule, any_value, boolean, finite, match_pattern, patterns, positive_int
 from adaptrt.adapters.problems import Problems
 from adaptrt.adapters.variant import BaseWeight, Module, Params, Roles, Variant
@@ -100,6 +100,6 @@ class LoraVariant(Variant):
     def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight, scale: float) -> Lowered:
         """U = B, V = A, and c = scale · bias (PEFT scales lora_bias with the product)."""
         scale *= float(params["scale"])
-        term = Term(u=tensors["B"], v=tensors["A"], scale=scale)
+        term = LowRank(u=tensors["B"], v=tensors["A"], scale=scale)
         c = to_float32(tensors["bias"]) * scale if "bias" in tensors else None
         return Lowered(terms=(term,), c=c)

@@ -1,9 +1,10 @@
-"""The adapter normal form (spec/adapters.md), the only thing backends know of adapters. For a target
+"""The adapter normal form (spec/adapters.md), the only thing backends know of adapters. For an attach point
 
-    y = g_out ⊙ [ W·(g_in ⊙ x) + Σ_k scale_k · U_k (d_k ⊙ (V_k x)) ] + c
+    y = g_out ⊙ [ W·R(g_in ⊙ x) + Σ_k scale_k · T_k(x) ] + b + c
 
-A stack is applied in order: each adapter's g_out acts on what was accumulated so far, as PEFT does; every
-g_in multiplies x before W; the base's own bias and every c are added last.
+T_k is one of the three kinds of Term below, R an optional block-diagonal map of the input. A stack is applied in
+order: each adapter's g_in and R act on the input that W sees, its terms add to what was accumulated so far, and its
+g_out multiplies all of that, as PEFT does. The base's bias b and every c are added last.
 """
 
 from __future__ import annotations
@@ -17,25 +18,86 @@ from numpy.typing import NDArray
 from adaptrt.tensor import Tensor
 
 Vector = NDArray[np.float32]
+Int32s = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
-class Term:
-    """scale · U (d ⊙ (V x)): U [out, rank], V [rank, in] f32, f16 or bf16, shared by identity; d [rank]."""
+class LowRank:
+    """scale · e ⊙ U (d ⊙ (V x)); d [rank] and e [out] are optional.
 
-    u: Tensor
+    V is [rank, ≥ in] and U [≥ out, rank]: what lies beyond `in` and `out` is ignored, so that attach points of any
+    size share one projection by identity (VeRA). U None is the identity, rank = out: V is then a dense change of
+    the weight. Float tensors are f32, f16 or bf16. Quantized ones (int8, nf4) have exact sizes, and U is stored
+    transposed, [rank, out], so that its blocks run along `out`.
+    """
+
+    u: Tensor | None
     v: Tensor
     scale: float
     d: Vector | None = None
+    e: Vector | None = None
+
+    @property
+    def rank(self) -> int:
+        """Rows of V."""
+        return self.v.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that one use of the term reads."""
+        vectors = sum(vector.nbytes for vector in (self.d, self.e) if vector is not None)
+        return vectors + self.v.data.nbytes + (0 if self.u is None else self.u.data.nbytes)
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """scale · S x, S in compressed rows: those of the weight, [out, in], and for an embedding [vocabulary, width].
+
+    Row r holds `values[k]` at `columns[k]` for k in row_start[r] … row_start[r + 1] - 1; columns rise in a row.
+    """
+
+    row_start: Int32s  # [rows + 1]
+    columns: Int32s  # [entries]
+    values: Vector  # [entries]
+    scale: float
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that one use of the term reads."""
+        return self.row_start.nbytes + self.columns.nbytes + self.values.nbytes
+
+
+@dataclass(frozen=True)
+class Kronecker:
+    """scale · (W1 ⊗ W2) x, W1 [a, b] and W2 [c, d] f32, f16 or bf16, out = a·c, in = b·d. Not for embeddings."""
+
+    w1: Tensor
+    w2: Tensor
+    scale: float
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that one use of the term reads."""
+        return self.w1.data.nbytes + self.w2.data.nbytes
+
+
+Term = LowRank | Sparse | Kronecker
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """What an adapter does to one target. Vectors are float32: g_in [in], g_out and c [out]."""
+    """What an adapter does to one attach point; everything is float32 and optional.
+
+    g_in [in], g_out and c [out]; `rotation` [in/b, b, b] maps each run of b inputs, after g_in, x'_j = R_j x_j.
+    `scales_bias`: g_out multiplies the bias accumulated so far too (IA3 does, DoRA does not). The embedding takes no
+    rotation; a norm, whose weight is a diagonal, takes g_out only.
+    """
 
     terms: tuple[Term, ...] = ()
     g_in: Vector | None = None
+    rotation: NDArray[np.float32] | None = None
     g_out: Vector | None = None
+    scales_bias: bool = False
     c: Vector | None = None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from adaptrt.errors import AdapterError
+from adaptrt.errors import AdapterError, AdaptrtError
 
 SHOWN = 8  # problems spelled out in the message; the rest are counted
 
@@ -24,12 +24,12 @@ class Problems:
         """The same collection, with `thing: ` in front of what is added through it."""
         return Problems(self.lines, f"{self.where}{thing}: ")
 
-    def raise_for(self, what: str) -> None:
-        """Raise one AdapterError about `what` when there is any problem."""
+    def raise_for(self, what: str, error: type[AdaptrtError] = AdapterError) -> None:
+        """Raise one `error` about `what` when there is any problem."""
         if self.lines:
             more = len(self.lines) - SHOWN
             shown = self.lines[:SHOWN] + ([f"and {more} more"] if more > 0 else [])
-            raise AdapterError(f"{what}: {'; '.join(shown)}")
+            raise error(f"{what}: {'; '.join(shown)}")
 
 
 def brief(value: object, limit: int = 120) -> str:

@@ -28,14 +28,14 @@ class BaseWeight(Protocol):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in) of the weight; (vocabulary, width) for an embedding."""
+        """(out, in) of the weight; (vocabulary, width) for an embedding, (width, width) for a norm."""
 
     @property
     def kind(self) -> str:
-        """`linear`, `embedding` or `head`."""
+        """`linear`, `embedding`, `head` or `norm`."""
 
     def weight(self) -> NDArray[np.float32]:
-        """The weight as the kernels see it: dequantized, float32, of `shape`."""
+        """The weight as the kernels see it: dequantized, float32, of `shape`; a norm's is its diagonal [width]."""
 
     def bias(self) -> NDArray[np.float32] | None:
         """The base bias [out], if it has one."""

@@ -9,9 +9,10 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptrt.adapters.fit import AttachPoint
 from adaptrt.adapters.normal import LoweredAdapter
-from adaptrt.program import Program
-from adaptrt.tensor import Tensor
+from adaptrt.program import Embed, Linear, Logits, Norm, Program
+from adaptrt.tensor import Tensor, rows_cols
 
 Int32s = NDArray[np.int32]
 Precision = Literal["exact", "fast"]
@@ -79,3 +80,18 @@ class Backend(Protocol):
 
     def load(self, program: Program, tensors: Mapping[str, Tensor], options: LoadOptions) -> Executable:
         """Prepare a program. `tensors` holds every name in program.weights and stays valid until close()."""
+
+
+_KINDS = {Embed: "embedding", Norm: "norm", Linear: "linear", Logits: "head"}
+
+
+def attach_points(program: Program, tensors: Mapping[str, Tensor]) -> dict[str, AttachPoint]:
+    """The attach points of a program by target name, in the order of `program.targets`."""
+    points = {}
+    for op in program.ops:
+        if isinstance(op, Embed | Norm | Linear | Logits) and op.target is not None:
+            rows, cols = rows_cols(tensors[op.weight].shape)
+            if isinstance(op, Embed | Norm):  # an embedding's rows are its input; a norm is a diagonal
+                rows, cols = cols, rows if isinstance(op, Embed) else cols
+            points[op.target] = AttachPoint(_KINDS[type(op)], rows, cols)
+    return points

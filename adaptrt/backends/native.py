@@ -11,13 +11,14 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptrt.adapters.normal import Lowered, LoweredAdapter, Vector
-from adaptrt.backends.base import Batch, LoadOptions
+from adaptrt.adapters.fit import AttachPoint
+from adaptrt.adapters.normal import Int32s, Kronecker, Lowered, LoweredAdapter, Sparse, Term, Vector
+from adaptrt.backends.base import Batch, LoadOptions, attach_points
 from adaptrt.errors import BackendError, ClosedError
-from adaptrt.program import Add, Attention, Embed, Gated, Linear, Logits, Norm, Op, Program, Rope, Scale
+from adaptrt.program import Add, Attention, Embed, Gated, Linear, Norm, Op, Program, Rope, Scale
 from adaptrt.tensor import Tensor, rows_cols
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 ITEM_ALIGNMENT = {"f32": 4, "f16": 2, "bf16": 2, "int8": 2, "nf4": 4}
 
 
@@ -105,6 +106,12 @@ class Structs:
             raise BackendError(f"{what} is {list(vector.shape)}, expected [{size}]")
         return self.pointer("float", np.ascontiguousarray(vector, np.float32))
 
+    def int32s(self, values: Int32s, size: int, what: str) -> Any:
+        """An int32 pointer; raises BackendError when the length is not `size`."""
+        if values.shape != (size,):
+            raise BackendError(f"{what} is {list(values.shape)}, expected [{size}]")
+        return self.pointer("int32_t", int32s(values))
+
 
 class ProgramStructs:
     """A Program with its registers, tensors and targets numbered, as an adrt_program."""
@@ -116,11 +123,7 @@ class ProgramStructs:
         named = {name: tensors[name] for name in program.weights} | constants
         self.tensor_numbers = {name: i for i, name in enumerate(named)}
         self.targets = {name: i for i, name in enumerate(program.targets)}
-        self.shapes = {  # [out, in] of every target
-            op.target: rows_cols(named[op.weight].shape)[:: -1 if isinstance(op, Embed) else 1]
-            for op in program.ops
-            if isinstance(op, Embed | Linear | Logits)
-        }
+        self.points = attach_points(program, named)
         s = self.structs
         self.program = calls.ffi.new(
             "adrt_program *",
@@ -155,7 +158,8 @@ class ProgramStructs:
         if isinstance(op, Embed):
             return {"out": op.out, "weight": op.weight, "target": op.target}
         if isinstance(op, Norm):
-            return {"out": op.out, "a": op.src, "weight": op.weight, "value": [op.eps, 0.0]}
+            target = -1 if op.target is None else op.target
+            return {"out": op.out, "a": op.src, "weight": op.weight, "target": target, "value": [op.eps, 0.0]}
         if isinstance(op, Linear):
             return {"out": op.out, "a": op.src, "weight": op.weight, "bias": op.bias, "target": op.target}
         if isinstance(op, Rope):
@@ -197,7 +201,7 @@ class NativeExecutable:
             "page_tokens": options.page_tokens,
             "isa": calls.constant("ISA_" + options.isa.upper()),
         }
-        rows = self._loaded.shapes[program.targets[-1]][0]
+        rows = self._loaded.points[program.targets[-1]].out
         if rows != program.vocab_size:
             raise BackendError(f"the head has {rows} rows, the vocabulary {program.vocab_size}")
         out = self._ffi.new("adrt_executable **")
@@ -226,24 +230,17 @@ class NativeExecutable:
     def _attachment(self, structs: Structs, target: str, lowered: Lowered) -> dict[str, Any]:
         if target not in self._loaded.targets:
             raise BackendError(f"adapter target {target}: the program has no such attach point")
-        out, inner = self._loaded.shapes[target]
-        name = f"adapter target {target}:"
-        terms = [
-            {
-                "u": structs.tensor(term.u),
-                "v": structs.tensor(term.v),
-                "d": structs.vector(term.d, term.v.shape[0], f"{name} d{k}"),
-                "scale": term.scale,
-            }
-            for k, term in enumerate(lowered.terms)
-        ]
+        point, name = self._loaded.points[target], f"adapter target {target}:"
+        terms = [_term(structs, term, point, f"{name} term {k}:") for k, term in enumerate(lowered.terms)]
         return {
             "target": self._loaded.targets[target],
             "n_terms": len(terms),
             "terms": structs.array("adrt_term", terms),
-            "g_in": structs.vector(lowered.g_in, inner, f"{name} g_in"),
-            "g_out": structs.vector(lowered.g_out, out, f"{name} g_out"),
-            "c": structs.vector(lowered.c, out, f"{name} c"),
+            "g_in": structs.vector(lowered.g_in, point.inner, f"{name} g_in"),
+            **_rotation(structs, lowered.rotation, point.inner, name),
+            "g_out": structs.vector(lowered.g_out, point.out, f"{name} g_out"),
+            "c": structs.vector(lowered.c, point.out, f"{name} c"),
+            "scales_bias": lowered.scales_bias,
         }
 
     def detach(self, handle: int) -> None:
@@ -299,6 +296,44 @@ class NativeExecutable:
         if self._executable == self._ffi.NULL:
             raise ClosedError("the executable was used after close()")
         return self._executable
+
+
+def _term(structs: Structs, term: Term, point: AttachPoint, name: str) -> dict[str, Any]:
+    """An adrt_term; lengths that C cannot see are checked here, shapes there."""
+    calls = structs.calls
+    if isinstance(term, Sparse):
+        rows, entries = point.weight_shape[0], len(term.columns)
+        return {
+            "kind": calls.constant("SPARSE"),
+            "scale": term.scale,
+            "n_values": entries,
+            "row_start": structs.int32s(term.row_start, rows + 1, f"{name} row_start"),
+            "columns": structs.int32s(term.columns, entries, f"{name} columns"),
+            "values": structs.vector(term.values, entries, f"{name} values"),
+        }
+    if isinstance(term, Kronecker):
+        factors = {"u": structs.tensor(term.w1), "v": structs.tensor(term.w2)}
+        return {"kind": calls.constant("KRONECKER"), "scale": term.scale, **factors}
+    return {
+        "kind": calls.constant("LOW_RANK"),
+        "scale": term.scale,
+        **({} if term.u is None else {"u": structs.tensor(term.u)}),
+        "v": structs.tensor(term.v),
+        "d": structs.vector(term.d, term.rank, f"{name} d"),
+        "e": structs.vector(term.e, point.out, f"{name} e"),
+    }
+
+
+def _rotation(
+    structs: Structs, rotation: NDArray[np.float32] | None, inner: int, name: str
+) -> dict[str, Any]:
+    if rotation is None:
+        return {}
+    block = rotation.shape[-1]
+    if rotation.ndim != 3 or rotation.shape[1] != block or rotation.shape[0] * block != inner:
+        raise BackendError(f"{name} rotation is {list(rotation.shape)}, expected [{inner}/b, b, b]")
+    values = structs.pointer("float", np.ascontiguousarray(rotation, np.float32))
+    return {"rotation": values, "rotation_block": block}
 
 
 def int32s(values: NDArray[np.int32]) -> NDArray[np.int32]:

@@ -5,15 +5,18 @@ It trusts its batch (the engine builds it) and checks only what a user can get w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptrt.adapters.normal import Lowered, LoweredAdapter
-from adaptrt.backends.base import Batch, LoadOptions
+from adaptrt.adapters.fit import FLOAT_DTYPES, AttachPoint, check_fit
+from adaptrt.adapters.normal import Kronecker, Lowered, LoweredAdapter, Sparse, Term
+from adaptrt.adapters.problems import Problems
+from adaptrt.backends.base import Batch, LoadOptions, attach_points
 from adaptrt.errors import BackendError
 from adaptrt.program import (
     Add,
@@ -32,6 +35,7 @@ from adaptrt.quant.plain import to_float32
 from adaptrt.tensor import Tensor
 
 Floats = NDArray[np.float32]
+Product = Callable[[Floats], Floats]
 KV_DTYPES = {"f16": np.float16, "f32": np.float32}
 
 
@@ -69,11 +73,7 @@ class ReferenceExecutable:
         self.page_tokens = options.page_tokens
         self.kv_dtype = KV_DTYPES[options.kv_dtype]
         self.weights = {name: to_float32(tensors[name]) for name in program.weights}
-        self.shapes = {
-            op.target: self.weights[op.weight].shape
-            for op in program.ops
-            if isinstance(op, Embed | Linear | Logits)
-        }
+        self.points = attach_points(program, tensors)
         self.pages: dict[tuple[int, int], tuple[NDArray[Any], NDArray[Any]]] = {}  # (page, layer) -> k, v
         self.n_pages = 0
         self.adapters: dict[int, LoweredAdapter] = {}
@@ -86,35 +86,14 @@ class ReferenceExecutable:
     def attach(self, adapter: LoweredAdapter) -> int:
         """Keep the adapter; raises BackendError for an unknown target or a shape that does not fit."""
         for target, lowered in adapter.items():
-            if target not in self.shapes:
+            if target not in self.points:
                 raise BackendError(f"adapter target {target}: the program has no such attach point")
-            self._check(target, lowered)
+            problems = Problems()
+            check_fit(lowered, self.points[target], problems)
+            problems.raise_for(f"adapter target {target}", BackendError)
         handle, self.next_handle = self.next_handle, self.next_handle + 1
         self.adapters[handle] = adapter
         return handle
-
-    def _check(self, target: str, lowered: Lowered) -> None:
-        out, inner = self.shapes[target]
-        if any(isinstance(op, Embed) and op.target == target for op in self.program.ops):
-            out, inner = inner, out  # an embedding's rows are its input
-        wanted: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
-        for k, term in enumerate(lowered.terms):
-            rank = term.v.shape[0]
-            wanted += [(f"U{k}", term.u.shape, (out, rank)), (f"V{k}", term.v.shape, (rank, inner))]
-            if term.d is not None:
-                wanted.append((f"d{k}", term.d.shape, (rank,)))
-        for name, vector, size in (
-            ("g_in", lowered.g_in, inner),
-            ("g_out", lowered.g_out, out),
-            ("c", lowered.c, out),
-        ):
-            if vector is not None:
-                wanted.append((name, vector.shape, (size,)))
-        for name, found, expected in wanted:
-            if tuple(found) != expected:
-                raise BackendError(
-                    f"adapter target {target}: {name} is {list(found)}, expected {list(expected)}"
-                )
 
     def detach(self, handle: int) -> None:
         """Forget an adapter."""
@@ -149,9 +128,7 @@ class ReferenceExecutable:
         if isinstance(op, Embed):
             registers[op.out] = self._embed(op, runs, batch.tokens)
         elif isinstance(op, Norm):
-            x = registers[op.src]
-            scale = np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(op.eps))
-            registers[op.out] = x / scale * self.weights[op.weight].reshape(-1)
+            registers[op.out] = self._norm(op, registers[op.src], runs)
         elif isinstance(op, Linear):
             registers[op.out] = self._linear(op, registers[op.src], runs)
         elif isinstance(op, Rope):
@@ -165,24 +142,36 @@ class ReferenceExecutable:
         elif isinstance(op, Scale):
             registers[op.out] = softcap(registers[op.src] * np.float32(op.factor), op.softcap)
 
+    def _norm(self, op: Norm, x: Floats, runs: list[Run]) -> Floats:
+        size = np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(op.eps))
+        y = np.asarray(x / size * self.weights[op.weight].reshape(-1))
+        for run in runs:
+            for lowered in acting(run.stack, op.target):
+                if lowered.g_out is not None:
+                    y[run.rows] *= lowered.g_out
+        return y
+
     def _embed(self, op: Embed, runs: list[Run], tokens: NDArray[np.int32]) -> Floats:
         table = self.weights[op.weight]
         out = np.empty((len(tokens), table.shape[1]), np.float32)
         for run in runs:  # x is one-hot: W and V give a column, g_in one value
             columns = tokens[run.rows]
-            gains = input_gain(np.ones(len(table), np.float32), run.stack, op.target)
-            base = table[columns] * gains[columns, None]
-            out[run.rows] = apply_stack(base, run.stack, op.target, lambda v, c=columns: v[:, c].T)
+            lowered = acting(run.stack, op.target)
+            gains = map_input(np.ones((1, len(table)), np.float32), lowered)
+            base = table[columns] * gains[0, columns, None]
+            out[run.rows] = apply_stack(base, lowered, self.points[op.target], partial(pick_columns, columns))
         return out
 
     def _linear(self, op: Linear | Logits, x: Floats, runs: list[Run]) -> Floats:
         weight = self.weights[op.weight]
+        bias = None if op.bias is None else self.weights[op.bias].reshape(-1)
         out = np.empty((len(x), weight.shape[0]), np.float32)
         for run in runs:
-            rows = x[run.rows]
-            base = input_gain(rows, run.stack, op.target) @ weight.T
-            out[run.rows] = apply_stack(base, run.stack, op.target, lambda v, rows=rows: rows @ v.T)
-        return out if op.bias is None else out + self.weights[op.bias].reshape(-1)
+            rows, lowered = x[run.rows], acting(run.stack, op.target)
+            base = map_input(rows, lowered) @ weight.T
+            product = partial(multiply, rows)
+            out[run.rows] = apply_stack(base, lowered, self.points[op.target], product, bias)
+        return out
 
     def _logits(self, op: Logits, x: Floats, runs: list[Run], logit_rows: NDArray[np.int32]) -> Floats:
         return self._linear(op, x, runs)[logit_rows]
@@ -229,32 +218,63 @@ class ReferenceExecutable:
         return keys, values
 
 
-def input_gain(x: Floats, stack: tuple[LoweredAdapter, ...], target: str) -> Floats:
-    """X times every g_in of the stack."""
-    for adapter in stack:
-        lowered = adapter.get(target)
-        if lowered is not None and lowered.g_in is not None:
+def acting(stack: Sequence[LoweredAdapter], target: str | None) -> list[Lowered]:
+    """What the adapters of a stack do to one target, in stacking order."""
+    return [adapter[target] for adapter in stack if target is not None and target in adapter]
+
+
+def multiply(x: Floats, m: Floats) -> Floats:
+    """M x for inputs x [T, in]: [T, rows of M]."""
+    return np.asarray(x @ m.T)
+
+
+def pick_columns(tokens: NDArray[np.int32], m: Floats) -> Floats:
+    """M x for one-hot inputs given as token ids: [T, rows of M]."""
+    return np.asarray(m[:, tokens].T)
+
+
+def map_input(x: Floats, stack: Sequence[Lowered]) -> Floats:
+    """The input that W sees: x [T, in] after every g_in and rotation, in order."""
+    for lowered in stack:
+        if lowered.g_in is not None:
             x = x * lowered.g_in
+        if lowered.rotation is not None:
+            blocks, b, _ = lowered.rotation.shape
+            x = np.einsum("tnb,ncb->tnc", x.reshape(len(x), blocks, b), lowered.rotation).reshape(x.shape)
     return x
 
 
-def apply_stack(y: Floats, stack: tuple[LoweredAdapter, ...], target: str, shrink: Any) -> Floats:
-    """The normal form over a base product y [T, out]; `shrink(V)` gives V x as [T, rank]."""
-    constants = [np.float32(0)]
-    for adapter in stack:
-        lowered = adapter.get(target)
-        if lowered is None:
-            continue
+def apply_stack(
+    y: Floats, stack: Sequence[Lowered], point: AttachPoint, product: Product, bias: Floats | None = None
+) -> Floats:
+    """The normal form over a base product y [T, out] and bias [out]; product(M) gives M x, M [rows, in]."""
+    constant = np.zeros(point.out, np.float32) if bias is None else bias
+    for lowered in stack:
         for term in lowered.terms:
-            hidden = shrink(to_float32(term.v))
-            if term.d is not None:
-                hidden = hidden * term.d
-            y = y + np.float32(term.scale) * (hidden @ to_float32(term.u).T)
+            y = y + np.float32(term.scale) * term_change(term, point, product)
         if lowered.g_out is not None:
             y = y * lowered.g_out
+            constant = constant * lowered.g_out if lowered.scales_bias else constant
         if lowered.c is not None:
-            constants.append(lowered.c)
-    return np.asarray(y + sum(constants), np.float32)
+            constant = constant + lowered.c
+    return np.asarray(y + constant, np.float32)
+
+
+def term_change(term: Term, point: AttachPoint, product: Product) -> Floats:
+    """What a term adds before its scale, [T, out]."""
+    if isinstance(term, Kronecker):
+        return product(np.kron(to_float32(term.w1), to_float32(term.w2)))
+    if isinstance(term, Sparse):
+        change = np.zeros(point.weight_shape, np.float32)
+        change[np.repeat(np.arange(len(change)), np.diff(term.row_start)), term.columns] = term.values
+        return product(change.T if point.kind == "embedding" else change)
+    hidden = product(to_float32(term.v)[:, : point.inner])
+    if term.d is not None:
+        hidden = hidden * term.d
+    if term.u is not None:
+        u = to_float32(term.u)
+        hidden = hidden @ (u.T if term.u.dtype in FLOAT_DTYPES else u)[:, : point.out]
+    return hidden if term.e is None else hidden * term.e
 
 
 def activate(x: Floats, activation: str) -> Floats:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from adaptrt import __version__
-from adaptrt.adapters.normal import Lowered, LoweredAdapter, Term
+from adaptrt.adapters.normal import Lowered, LoweredAdapter, LowRank
 from adaptrt.format import Writer
 from adaptrt.model.architecture import Architecture, TensorSpec
 from adaptrt.quant.plain import from_float32
@@ -102,7 +102,7 @@ def random_lora(specs: tuple[TensorSpec, ...], rank: int, rng: np.random.Generat
         return from_float32(rng.standard_normal((rows, cols), np.float32) / np.float32(np.sqrt(cols)), "bf16")
 
     return {
-        spec.target: Lowered((Term(factor(spec.shape[0], rank), factor(rank, spec.shape[1]), 0.1),))
+        spec.target: Lowered((LowRank(factor(spec.shape[0], rank), factor(rank, spec.shape[1]), 0.1),))
         for spec in specs
         if spec.role == "linear"
     }

@@ -40,10 +40,8 @@ class Cost:
 
 
 def adapter_bytes(adapter: LoweredAdapter) -> int:
-    """Bytes of an adapter's factors."""
-    return sum(
-        term.u.data.nbytes + term.v.data.nbytes for lowered in adapter.values() for term in lowered.terms
-    )
+    """Bytes of an adapter's terms."""
+    return sum(term.nbytes for lowered in adapter.values() for term in lowered.terms)
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ def _ops(shape: LlamaShape) -> Iterator[Op]:
     yield Embed("x", "token_embd.weight", "token_embd")
     for layer in range(shape.layers):
         yield from _layer_ops(shape, layer)
-    yield Norm("normed", "x", "output_norm.weight", shape.eps)
+    yield Norm("normed", "x", "output_norm.weight", shape.eps, "output_norm")
     yield Logits("normed", "token_embd.weight" if shape.tied else "output.weight", None, "output")
 
 
@@ -105,7 +105,7 @@ def _layer_ops(shape: LlamaShape, layer: int) -> Iterator[Op]:
         return Linear(out, src, f"{target}.weight", f"{target}.bias" if bias else None, target)
 
     heads, kv_heads, head_dim = shape.heads, shape.kv_heads, shape.head_dim
-    yield Norm("normed", "x", f"blk.{layer}.attn_norm.weight", shape.eps)
+    yield Norm("normed", "x", f"blk.{layer}.attn_norm.weight", shape.eps, f"blk.{layer}.attn_norm")
     yield linear("q", "normed", "attn_q", shape.attention_bias)
     yield linear("k", "normed", "attn_k", shape.attention_bias)
     yield linear("v", "normed", "attn_v", shape.attention_bias)
@@ -114,7 +114,7 @@ def _layer_ops(shape: LlamaShape, layer: int) -> Iterator[Op]:
     yield Attention("attended", "q", "k", "v", layer, heads, kv_heads, head_dim, head_dim**-0.5)
     yield linear("branch", "attended", "attn_output", shape.attention_bias)
     yield Add("x", "x", "branch")
-    yield Norm("normed", "x", f"blk.{layer}.ffn_norm.weight", shape.eps)
+    yield Norm("normed", "x", f"blk.{layer}.ffn_norm.weight", shape.eps, f"blk.{layer}.ffn_norm")
     yield linear("gate", "normed", "ffn_gate", shape.mlp_bias)
     yield linear("up", "normed", "ffn_up", shape.mlp_bias)
     yield Gated("gated", "gate", "up", "silu")

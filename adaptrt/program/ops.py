@@ -27,12 +27,13 @@ class Embed:
 
 @dataclass(frozen=True)
 class Norm:
-    """out = src / sqrt(mean(src²) + eps) · weight (RMS norm)."""
+    """out = src / sqrt(mean(src²) + eps) · weight (RMS norm). An attach point when it has a target."""
 
     out: str
     src: str
     weight: str
     eps: float
+    target: str | None = None
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,8 @@ class Program:
     @property
     def targets(self) -> tuple[str, ...]:
         """Names of the attach points, in program order."""
-        return tuple(op.target for op in self.ops if isinstance(op, Embed | Linear | Logits))
+        attach_points = (op.target for op in self.ops if isinstance(op, Embed | Norm | Linear | Logits))
+        return tuple(target for target in attach_points if target is not None)
 
     @property
     def weights(self) -> tuple[str, ...]:

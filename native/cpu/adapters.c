@@ -62,6 +62,8 @@ void cpu_free_adapter(adrt_executable *e, adapter *a) {
 static int attach_term(adrt_executable *e, const adrt_term *in, int32_t target, int32_t k, int64_t out,
                        int64_t inner, term *result, adrt_error *error) {
   matrix u, v;
+  if (in->kind != ADRT_LOW_RANK || !in->u.data || in->e)
+    return cpu_fail(error, ADRT_UNAVAILABLE, "target %d, term %d: kind %d is not built yet", target, k, in->kind);
   int code = cpu_matrix(&in->u, "adapter U of term", k, &u, error);
   if (code == ADRT_OK) code = cpu_matrix(&in->v, "adapter V of term", k, &v, error);
   if (code != ADRT_OK) return code;

@@ -200,6 +200,8 @@ static inline bool is_product(int32_t kind) { return kind == ADRT_LINEAR || kind
 
 static inline bool is_product_or_embed(int32_t kind) { return is_product(kind) || kind == ADRT_EMBED; }
 
+static inline bool is_attach_point(int32_t kind) { return is_product_or_embed(kind) || kind == ADRT_NORM; }
+
 static inline int64_t tokens_of(const adrt_executable *e, const instruction *in) {
   return in->op.kind == ADRT_LOGITS || in->op.kind == GATHER ? e->plan.batch->n_logits
                                                              : e->plan.batch->n_tokens;

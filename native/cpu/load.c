@@ -107,8 +107,9 @@ static bool load_weights(adrt_executable *e, const adrt_program *p, instruction 
       choose_product(e, in);
       in->rows_per_item = choose_rows_per_item(e, weight);
     }
-    if (op->target >= 0) e->instruction_of_target[op->target] = (int32_t)(in - e->instructions);
   }
+  if (is_attach_point(op->kind) && op->target >= 0)
+    e->instruction_of_target[op->target] = (int32_t)(in - e->instructions);
   return true;
 }
 

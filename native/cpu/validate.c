@@ -158,7 +158,7 @@ static int ops_ok(const adrt_program *p, bool *written, int32_t *uses, adrt_erro
       return cpu_fail(error, ADRT_BAD_ARGUMENT,
                       "op %d of %d (%s): LOGITS must be the last operation, and only that", i, p->n_ops,
                       kind_name(op->kind));
-    if (!is_product_or_embed(op->kind) || op->target == -1) continue;
+    if (!is_attach_point(op->kind) || op->target == -1) continue;
     if (op->target < 0 || op->target >= p->n_targets || uses[op->target]++)
       return cpu_fail(error, ADRT_BAD_ARGUMENT, "op %d (%s): target %d is %s", i, kind_name(op->kind),
                       op->target,

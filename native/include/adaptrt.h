@@ -19,7 +19,7 @@ extern "C" {
 #endif
 /* cffi: begin */
 
-#define ADRT_ABI_VERSION 1
+#define ADRT_ABI_VERSION 2
 #define ADRT_MESSAGE_BYTES 512
 
 enum adrt_code {
@@ -47,7 +47,7 @@ typedef struct {
 /* The closed set of operations (spec/program.md). T = tokens in the batch, [w] = width of a register. */
 enum adrt_op_kind {
   ADRT_EMBED = 1,     /* out[T,cols] = weight[token]                               target: adds U (d * V[:, token]) */
-  ADRT_NORM = 2,      /* out = a / sqrt(mean(a^2) + value[0]) * weight             RMS norm */
+  ADRT_NORM = 2,      /* out = a / sqrt(mean(a^2) + value[0]) * weight             RMS norm; target: g_out only */
   ADRT_LINEAR = 3,    /* out[T,rows] = weight[rows,cols] a[T,cols] + bias          target: the normal form */
   ADRT_ROPE = 4,      /* out = a rotated, halves paired; weight = f32 inverse frequencies [head_dim/2];
                          cos and sin are multiplied by value[0]; `heads` heads of `head_dim` */
@@ -93,23 +93,41 @@ typedef struct {
   int32_t isa;         /* adrt_isa; CPU only */
 } adrt_options;
 
-/* The adapter normal form (spec/adapters.md):  y = g_out * [ W (g_in * x) + sum_k scale_k U_k (d_k * (V_k x)) ] + c
- * A stack is applied in order, each adapter's g_out acting on what was accumulated so far; the op's own bias and
- * every c are added last. Equal data pointers mean shared tensors. Memory stays the caller's until detach. */
+/* The adapter normal form (spec/adapters.md):  y = g_out * [ W R(g_in * x) + sum_k scale_k T_k(x) ] + bias + c
+ * A stack is applied in order: each adapter's g_in, then its R, act on the input that W sees; its terms add to what was
+ * accumulated so far and its g_out multiplies all of that (and, when it scales the bias, the bias so far); the op's
+ * bias and every c are added last. Equal data pointers mean shared tensors. Memory stays the caller's until detach. */
+enum adrt_term_kind {
+  ADRT_LOW_RANK = 0, /* e * U (d * (V x)): u [>= out, rank], v [rank, >= in], what lies beyond is ignored; u without data
+                        is the identity, rank = out. f32, f16, bf16; or int8, nf4 with exact sizes, u then stored
+                        transposed [rank, out]. On EMBED, V x is the column of V of the token */
+  ADRT_SPARSE = 1,   /* row r of the weight (on EMBED: of the table) changes by values[k] at columns[k],
+                        row_start[r] <= k < row_start[r + 1]; columns rise in a row */
+  ADRT_KRONECKER = 2 /* (u kron v) x: u [a, b], v [c, d] f32, f16 or bf16, out = a c, in = b d; not on EMBED */
+};
+
 typedef struct {
-  adrt_tensor u; /* [out, rank]: f32, f16 or bf16 */
-  adrt_tensor v; /* [rank, in]: f32, f16 or bf16 */
-  const float *d; /* [rank] or NULL */
+  int32_t kind;
   float scale;
+  adrt_tensor u, v;
+  const float *d; /* LOW_RANK: [rank] or NULL */
+  const float *e; /* LOW_RANK: [out] or NULL */
+  int64_t n_values; /* SPARSE, and the three arrays below it */
+  const int32_t *row_start; /* [rows + 1] */
+  const int32_t *columns;   /* [n_values] */
+  const float *values;      /* [n_values] */
 } adrt_term;
 
 typedef struct {
   int32_t target;
   int32_t n_terms;
   const adrt_term *terms;
-  const float *g_in;  /* [in] or NULL */
-  const float *g_out; /* [out] or NULL */
-  const float *c;     /* [out] or NULL */
+  const float *g_in;      /* [in] or NULL */
+  const float *rotation;  /* [in / rotation_block][rotation_block][rotation_block] or NULL; x'_j = R_j x_j; not on EMBED */
+  int64_t rotation_block;
+  const float *g_out;     /* [out] or NULL */
+  const float *c;         /* [out] or NULL */
+  int32_t scales_bias;
 } adrt_attachment;
 
 /* A run is consecutive tokens of one sequence that share an adapter stack. Runs of one sequence may share pages. */

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptrt.adapters.normal import Lowered, LoweredAdapter, Term
+from adaptrt.adapters.normal import Lowered, LoweredAdapter, LowRank
 from adaptrt.backends.base import Batch, Executable
 from adaptrt.program import Add, Attention, Embed, Gated, Linear, Logits, Norm, Op, Program, Rope, Scale
 from adaptrt.quant.plain import from_float32
@@ -135,10 +135,10 @@ def adapter(
     return lowered
 
 
-def term(seed: int, out: int, inner: int, rank: int, dtype: str, with_d: bool = False) -> Term:
+def term(seed: int, out: int, inner: int, rank: int, dtype: str, with_d: bool = False) -> LowRank:
     u = from_float32(random(seed, out, rank, scale=0.3 * rank**-0.5), dtype)
     v = from_float32(random(seed + 1, rank, inner, scale=inner**-0.5), dtype)
-    return Term(u, v, 0.8, 1 + random(seed + 2, rank, scale=0.5) if with_d else None)
+    return LowRank(u, v, 0.8, 1 + random(seed + 2, rank, scale=0.5) if with_d else None)
 
 
 @dataclass
