@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from helpers.programs import Run, adapter, batch, decoder, random, run_tokens
 
-from adaptrt.adapters.normal import Lowered, LowRank
+from adaptrt.adapters.normal import Kronecker, Lowered, LowRank, Sparse, Term
 from adaptrt.backends.base import LoadOptions
 from adaptrt.backends.cpu import CpuBackend
 from adaptrt.backends.native import ProgramStructs
@@ -221,11 +221,60 @@ def lowered(u: tuple[int, int], v: tuple[int, int], dtype: str = "f32", **fields
     return {fields.pop("target", "0.k"): Lowered((term,), **fields)}
 
 
+PLAIN = LowRank(from_float32(random(1, 64, 4), "f32"), from_float32(random(2, 4, 128), "f32"), 1.0)
+
+
+def one_term(term: Term, target: str = "0.k") -> dict[str, Lowered]:
+    return {target: Lowered((term,))}
+
+
+def csr(row_start: list[int], columns: list[int]) -> Sparse:
+    return Sparse(np.array(row_start, np.int32), np.array(columns, np.int32), random(1, len(columns)), 1.0)
+
+
+def kronecker_of(w1: tuple[int, int], w2: tuple[int, int], dtype: str = "f32") -> Kronecker:
+    return Kronecker(from_float32(random(1, *w1), dtype), from_float32(random(2, *w2), dtype), 1.0)
+
+
 ATTACHMENTS = {
-    "U too tall": (lowered((65, 4), (4, 128)), "do not fit [64, rank] [rank, 128]"),
-    "V too wide": (lowered((64, 4), (4, 129)), "do not fit"),
+    "U too short": (lowered((63, 4), (4, 128)), "do not fit [64, rank] [rank, 128]"),
+    "V too narrow": (lowered((64, 4), (4, 127)), "do not fit"),
     "ranks differ": (lowered((64, 4), (5, 128)), "do not fit"),
-    "U in int8": (lowered((64, 4), (4, 128), "int8"), "expected f32, f16 or bf16"),
+    "U in int8, not transposed": (lowered((64, 4), (4, 128), "int8"), "do not fit"),
+    "U in int8, too tall": (lowered((4, 65), (4, 128), "int8"), "do not fit"),
+    "V in nf4, too wide": (lowered((4, 64), (4, 192), "nf4"), "do not fit"),
+    "no U": (
+        one_term(LowRank(None, from_float32(random(1, 63, 128), "bf16"), 1.0)),
+        "no U [0, 0] and bf16 V",
+    ),
+    "d": (one_term(replace(PLAIN, d=random(1, 5))), "d is [5], expected [4]"),
+    "e": (one_term(replace(PLAIN, e=random(1, 63))), "e is [63], expected [64]"),
+    "row starts too few": (one_term(csr([0, 1], [3])), "row_start is [2], expected [65]"),
+    "row starts late": (one_term(csr([1] * 65, [3])), "row_start[0] is 1"),
+    "rows fall": (one_term(csr([0, 2, 1] + [2] * 62, [3, 4])), "row_start[2] is 1 after 2"),
+    "rows beyond the values": (one_term(csr([0] + [2**31 - 1] * 64, [3])), "of 1 values"),
+    "rows end early": (one_term(csr([0] * 65, [3])), "64 rows end at value 0 of 1"),
+    "column negative": (one_term(csr([0] + [1] * 64, [-1])), "column -1"),
+    "column beyond": (one_term(csr([0] + [1] * 64, [128])), "column 128 after -1, of 128"),
+    "columns fall": (one_term(csr([0] + [2] * 64, [4, 4])), "column 4 after 4"),
+    "column of a table": (one_term(csr([0] + [1] * 101, [128]), "embed"), "of 128 columns"),
+    "fewer values": (
+        one_term(replace(csr([0] + [1] * 64, [3]), values=random(1, 2))),
+        "values is [2], expected [1]",
+    ),
+    "kronecker of another size": (
+        one_term(kronecker_of((8, 8), (8, 17))),
+        "do not make a product of [64, 128]",
+    ),
+    "kronecker in int8": (one_term(kronecker_of((8, 64), (8, 2), "int8")), "adapter W1 of term 0 is int8"),
+    "kronecker of a table": (one_term(kronecker_of((8, 101), (16, 1)), "embed"), "takes no Kronecker"),
+    "rotation that does not divide": (
+        {"0.k": Lowered(rotation=random(1, 3, 40, 40))},
+        "expected [128/b, b, b]",
+    ),
+    "rotation of a table": ({"embed": Lowered(rotation=random(1, 101, 1, 1))}, "an embedding"),
+    "norm with c": ({"0.norm1": Lowered(c=random(1, 128))}, "a norm, which takes g_out"),
+    "norm with a term": (one_term(csr([0] * 129, []), "0.norm1"), "a norm, which takes g_out"),
     "scale is NaN": (lowered((64, 4), (4, 128), scale=float("nan")), "scale nan"),
     "unknown target": (lowered((64, 4), (4, 128), target="9.k"), "9.k"),
     "g_in": (lowered((64, 4), (4, 128), g_in=random(0, 127)), "g_in is [127], expected [128]"),
@@ -252,6 +301,96 @@ def test_native_attach_refuses_what_python_cannot_say(executable: Any, calls: An
     refused(attach({"target": 2, "n_terms": 1}), "1 terms, NULL")
     refused(attach({"target": 2, "n_terms": -1}), "-1 terms")
     refused(attach(n=-1), "-1 attachments")
+
+    floats = calls.ffi.new("float[]", 2**14)
+    norm, linear = (executable._loaded.targets[name] for name in ("0.norm1", "0.k"))
+    unaligned = calls.ffi.cast("float *", int(calls.ffi.cast("uintptr_t", floats)) + 2)
+    for block in (0, -128, 129, 7, HUGE):
+        refused(attach({"target": linear, "rotation": floats, "rotation_block": block}), f"blocks of {block}")
+    refused(attach({"target": norm, "rotation": floats, "rotation_block": 128}), "g_out and nothing else")
+    refused(attach({"target": linear, "g_out": unaligned}), "not aligned")
+
+    def term(**fields: Any) -> Callable[[], None]:
+        array = calls.ffi.new("adrt_term[]", [fields])
+        return attach({"target": linear, "n_terms": 1, "terms": array})
+
+    starts, columns = calls.ffi.new("int32_t[]", [0, *[1] * 64]), calls.ffi.new("int32_t[]", [3])
+    sparse = {"kind": 1, "n_values": 1, "row_start": starts, "columns": columns, "values": floats}
+    term(**sparse)()
+    calls("detach", native, handle[0])
+    for field in ("row_start", "columns", "values"):
+        refused(term(**sparse | {field: calls.ffi.NULL}), f"{field} is NULL")
+    refused(term(**sparse | {"values": unaligned}), "values is not aligned")
+    refused(term(**sparse | {"n_values": -1}), "impossible -1 values")
+    refused(term(**sparse | {"n_values": 2**31}), "impossible 2147483648 values")
+    v = {"dtype": 0, "rows": 4, "cols": 128, "data": floats, "bytes": 2048}
+    refused(term(kind=9, v=v), "unknown kind 9")
+    refused(term(), "impossible shape [0, 0]")
+    refused(term(v=v), "no U [0, 0]")
+    refused(term(v=v | {"bytes": 2047}), "needs 2048 bytes, got 2047")
+    refused(term(v=v | {"data": calls.ffi.NULL}), "NULL")
+    refused(term(v=v, d=unaligned), "d is not aligned")
+    factors = {"kind": 2, "u": v | {"rows": HUGE, "cols": 1, "bytes": 0}, "v": v}
+    refused(term(**factors), "impossible shape")
+
+
+def random_attachment(calls: Any, rng: np.random.Generator, keep: list[Any]) -> Any:
+    """One attachment of some numbers that are wrong; its arrays are large enough for every target."""
+
+    def array(ctype: str, values: Any) -> Any:
+        keep.append(calls.ffi.new(ctype, values))
+        return keep[-1]
+
+    floats = array("float[]", 2**15)
+    rows, cols = (64, 128) if rng.random() < 0.8 else (128, 64)
+    f32 = {"dtype": 0, "data": floats}
+    low_rank = {"u": f32 | {"rows": rows, "cols": 4, "bytes": 16 * rows}, "d": floats, "e": floats}
+    low_rank |= {"v": f32 | {"rows": 4, "cols": cols, "bytes": 16 * cols}, "scale": 1.0}
+    starts = array("int32_t[]", [min(i, 40) for i in range(256)])
+    columns = array("int32_t[]", [3] * 40)
+    sparse = {"kind": 1, "n_values": 40, "row_start": starts, "columns": columns, "values": floats}
+    w1, w2 = f32 | {"rows": 8, "cols": 4, "bytes": 128}, f32 | {"rows": 8, "cols": 32, "bytes": 1024}
+    terms = array("adrt_term[]", [low_rank, sparse, {"kind": 2, "u": w1, "v": w2}])
+    wrong = [1 - 2**31, -1, 0, 1, 2, 3, 4, 63, 129, 2**31 - 1]
+    for _ in range(rng.integers(0, 3)):
+        term, value = terms[rng.integers(3)], int(rng.choice(wrong))
+        place = rng.integers(6)
+        if place < 2:
+            setattr(term.u if place else term.v, rng.choice(["dtype", "rows", "cols", "bytes"]), abs(value))
+        elif place == 2:
+            starts[rng.integers(130)] = value
+        elif place == 3:
+            columns[rng.integers(40)] = value
+        else:
+            setattr(term, ("kind", "n_values")[place % 2], value)
+    block = int(
+        rng.choice([1, 2, 16, 64, 3, 0, -1, 2**31 - 1], p=[0.2, 0.2, 0.2, 0.2, 0.05, 0.05, 0.05, 0.05])
+    )
+    vectors = dict.fromkeys(("g_in", "rotation", "g_out", "c"), floats)
+    first, n = int(rng.integers(3)), int(rng.integers(0, 2))
+    chosen = calls.ffi.addressof(terms, first)
+    return {
+        "target": int(rng.integers(-1, 24)),
+        "n_terms": n,
+        "terms": chosen,
+        "rotation_block": block,
+    } | vectors
+
+
+def test_random_attachments_never_crash(executable: Any, calls: Any) -> None:
+    rng, handle, accepted = np.random.default_rng(0), calls.ffi.new("int32_t *"), 0
+    for _ in range(3000):
+        keep: list[Any] = []
+        array = calls.ffi.new("adrt_attachment[]", [random_attachment(calls, rng, keep)])
+        try:
+            calls("attach", executable._executable, 1, array, handle)
+        except BackendError as error:
+            assert "\n" not in str(error)
+            continue
+        executable.step(batch([Run([1, 2, 3], 0, [3], [handle[0]])]))
+        calls("detach", executable._executable, handle[0])
+        accepted += 1
+    assert 300 < accepted < 2700
 
 
 OUT_OF_MEMORY = """

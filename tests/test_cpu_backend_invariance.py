@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers.programs import Pages, Run, Sizes, adapter, batch, decoder
+from helpers.programs import Pages, Run, Sizes, adapter, batch, decoder, everything
 
 from adaptrt.backends.base import Executable, LoadOptions
 from adaptrt.backends.cpu import CpuBackend
@@ -14,7 +14,7 @@ from adaptrt.errors import BackendError
 
 OPTIONS = LoadOptions(threads=1, precision="exact", page_tokens=4)
 SEQUENCES = [[5, 9, 2, 30, 7, 7, 1, 22, 3, 14, 6], [1], [8, 8, 8, 8, 8], [3, 4], [12, 0, 19, 25, 2, 31, 6]]
-STACKS = [(0, 1), (), (0,), (1,), (1,)]
+STACKS = [(0, 1), (), (0,), (2, 1), (1, 2)]
 MODELS = {
     "nf4": decoder(Sizes(layers=1)),
     "nf4 odd": decoder(Sizes(width=75, heads=3, kv_heads=1, head_dim=10, mlp=43, vocabulary=37, layers=1)),
@@ -33,6 +33,7 @@ def load(model: str, **options: object) -> Executable:
         raise
     for seed, dtype, rank in ((1, "bf16", 6), (2, "f32", 17)):
         executable.attach(adapter(made, seed, dtype, rank))
+    executable.attach(everything(made, 3))
     executable.reserve(64)
     return executable
 

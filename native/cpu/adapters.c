@@ -1,57 +1,14 @@
-/* Attach and detach adapters lowered to the normal form. V and the vectors are read where they are; U is
- * copied into panels (executable.h), once for all adapters that share it. */
-#include <math.h>
-#include <stdlib.h>
-#include <string.h>
-
+/* Attach and detach adapters lowered to the normal form. Everything is read where it is, except U and rotations,
+ * which are copied into panels (executable.h), once for all adapters that share them. */
 #include "executable.h"
-
-static int64_t item_bytes(int32_t dtype) { return dtype == ADRT_F32 ? 4 : 2; }
-
-static void *fill_panels(const matrix *u) {
-  int64_t item = item_bytes(u->dtype), rank = u->cols;
-  uint8_t *panels = cpu_calloc(cpu_product(cpu_align(u->rows, PANEL), rank, item), 1);
-  if (!panels) return NULL;
-  for (int64_t row = 0; row < u->rows; row++) {
-    uint8_t *out = panels + (row / PANEL * rank * PANEL + row % PANEL) * item;
-    const uint8_t *in = u->data + row * rank * item;
-    for (int64_t k = 0; k < rank; k++) memcpy(out + k * PANEL * item, in + k * item, (size_t)item);
-  }
-  return panels;
-}
-
-static u_panels *share_panels(adrt_executable *e, const matrix *u) {
-  for (u_panels *p = e->panels; p; p = p->next) {
-    if (p->source == u->data && p->dtype == u->dtype && p->out == u->rows && p->rank == u->cols) {
-      p->references++;
-      return p;
-    }
-  }
-  u_panels *p = cpu_calloc(1, sizeof *p);
-  if (!p) return NULL;
-  *p = (u_panels){e->panels, u->data, u->dtype, u->rows, u->cols, 1, fill_panels(u)};
-  if (!p->panels) {
-    cpu_free(p);
-    return NULL;
-  }
-  return e->panels = p;
-}
-
-static void release_panels(adrt_executable *e, u_panels *panels) {
-  if (!panels || --panels->references) return;
-  u_panels **link = &e->panels;
-  while (*link != panels) link = &(*link)->next;
-  *link = panels->next;
-  cpu_free(panels->panels);
-  cpu_free(panels);
-}
 
 void cpu_free_adapter(adrt_executable *e, adapter *a) {
   if (!a) return;
   for (int32_t t = 0; a->by_target && t < e->n_targets; t++) {
     attachment *at = a->by_target[t];
     if (!at) continue;
-    for (int32_t k = 0; at->terms && k < at->n_terms; k++) release_panels(e, at->terms[k].u);
+    for (int32_t k = 0; at->terms && k < at->n_terms; k++) cpu_release_panels(e, at->terms[k].u);
+    cpu_release_panels(e, at->rotation_panels);
     cpu_free(at->terms);
     cpu_free(at);
   }
@@ -59,31 +16,43 @@ void cpu_free_adapter(adrt_executable *e, adapter *a) {
   cpu_free(a);
 }
 
-static int attach_term(adrt_executable *e, const adrt_term *in, int32_t target, int32_t k, int64_t out,
-                       int64_t inner, term *result, adrt_error *error) {
-  matrix u, v;
-  if (in->kind != ADRT_LOW_RANK || !in->u.data || in->e)
-    return cpu_fail(error, ADRT_UNAVAILABLE, "target %d, term %d: kind %d is not built yet", target, k, in->kind);
-  int code = cpu_matrix(&in->u, "adapter U of term", k, &u, error);
-  if (code == ADRT_OK) code = cpu_matrix(&in->v, "adapter V of term", k, &v, error);
-  if (code != ADRT_OK) return code;
-  if (u.dtype > ADRT_BF16 || v.dtype > ADRT_BF16)
-    return cpu_fail(error, ADRT_BAD_ARGUMENT,
-                    "target %d, term %d: U is %s and V is %s, expected f32, f16 or bf16", target, k,
-                    cpu_dtype_name(u.dtype), cpu_dtype_name(v.dtype));
-  if (u.rows != out || v.cols != inner || u.cols != v.rows)
-    return cpu_fail(
-        error, ADRT_BAD_ARGUMENT,
-        "target %d, term %d: U [%lld, %lld] and V [%lld, %lld] do not fit [%lld, rank] [rank, %lld]", target,
-        k, (long long)u.rows, (long long)u.cols, (long long)v.rows, (long long)v.cols, (long long)out,
-        (long long)inner);
-  if (!isfinite(in->scale))
-    return cpu_fail(error, ADRT_BAD_ARGUMENT, "target %d, term %d: scale %g", target, k, (double)in->scale);
-  *result = (term){.v = v, .d = in->d, .scale = in->scale};
-  if (!(result->u = share_panels(e, &u)))
-    return cpu_fail(error, ADRT_NO_MEMORY, "target %d, term %d: no memory for U [%lld, %lld]", target, k,
-                    (long long)u.rows, (long long)u.cols);
-  if (u.cols > e->max_rank) e->max_rank = u.cols;
+/* What an attachment's vectors must be: of floats, which are never read beyond the sizes of the operation. */
+static int check_vectors(const adrt_attachment *in, int32_t kind, int64_t inner, adrt_error *error) {
+  const float *const vectors[] = {in->g_in, in->rotation, in->g_out, in->c};
+  for (size_t i = 0; i < sizeof vectors / sizeof *vectors; i++)
+    if ((uintptr_t)vectors[i] % sizeof(float))
+      return cpu_fail(error, ADRT_BAD_ARGUMENT, "target %d: a vector is not aligned to its items", in->target);
+  if (kind == ADRT_NORM && (in->n_terms || in->g_in || in->rotation || in->c))
+    return cpu_fail(error, ADRT_BAD_ARGUMENT, "target %d is a norm, which takes g_out and nothing else", in->target);
+  if (in->rotation && (kind == ADRT_EMBED || in->rotation_block < 1 || inner % in->rotation_block))
+    return cpu_fail(error, ADRT_BAD_ARGUMENT, "target %d: a rotation in blocks of %lld does not fit %s of %lld inputs",
+                    in->target, (long long)in->rotation_block, kind == ADRT_EMBED ? "an embedding" : "a product",
+                    (long long)inner);
+  return ADRT_OK;
+}
+
+static int attach_rotation(adrt_executable *e, const adrt_attachment *in, int64_t inner, attachment *result,
+                           adrt_error *error) {
+  if (!in->rotation) return ADRT_OK;
+  result->rotation = in->rotation;
+  result->rotation_block = in->rotation_block;
+  if (in->rotation_block % PANEL) return ADRT_OK;
+  const matrix blocks = {.dtype = ADRT_F32, .rows = inner, .cols = in->rotation_block,
+                         .data = (const uint8_t *)in->rotation};
+  if (!(result->rotation_panels = cpu_share_panels(e, &blocks)))
+    return cpu_fail(error, ADRT_NO_MEMORY, "target %d: no memory for a rotation of %lld inputs", in->target,
+                    (long long)inner);
+  return ADRT_OK;
+}
+
+static int attach_terms(adrt_executable *e, const adrt_attachment *in, attachment *result, adrt_error *error) {
+  if (!(result->terms = cpu_calloc(in->n_terms, sizeof *result->terms)))
+    return cpu_fail(error, ADRT_NO_MEMORY, "target %d: no memory for %d terms", in->target, in->n_terms);
+  for (int32_t k = 0; k < in->n_terms; k++) {
+    int code = cpu_make_term(e, &in->terms[k], in->target, k, &result->terms[k], error);
+    if (code != ADRT_OK) return code;
+    result->n_terms = k + 1;
+  }
   return ADRT_OK;
 }
 
@@ -95,20 +64,16 @@ static int attach_target(adrt_executable *e, adapter *a, const adrt_attachment *
     return cpu_fail(error, ADRT_BAD_ARGUMENT, "target %d: %d terms%s", in->target, in->n_terms,
                     in->n_terms < 0 ? "" : ", NULL");
   const instruction *at = &e->instructions[e->instruction_of_target[in->target]];
-  bool embed = at->op.kind == ADRT_EMBED; /* the embedding's input is one-hot over its rows */
+  int code = check_vectors(in, at->op.kind, at->weight.cols, error);
+  if (code != ADRT_OK) return code;
   attachment *result = a->by_target[in->target] = cpu_calloc(1, sizeof *result);
-  if (!result || !(result->terms = cpu_calloc(in->n_terms, sizeof *result->terms)))
-    return cpu_fail(error, ADRT_NO_MEMORY, "target %d: no memory for %d terms", in->target, in->n_terms);
+  if (!result) return cpu_fail(error, ADRT_NO_MEMORY, "no memory for target %d", in->target);
   result->g_in = in->g_in;
   result->g_out = in->g_out;
   result->c = in->c;
-  for (int32_t k = 0; k < in->n_terms; k++) {
-    int code = attach_term(e, &in->terms[k], in->target, k, at->width,
-                           embed ? at->weight.rows : at->weight.cols, &result->terms[k], error);
-    if (code != ADRT_OK) return code;
-    result->n_terms = k + 1;
-  }
-  return ADRT_OK;
+  result->scales_bias = in->scales_bias != 0;
+  code = attach_rotation(e, in, at->weight.cols, result, error);
+  return code == ADRT_OK ? attach_terms(e, in, result, error) : code;
 }
 
 int cpu_attach(adrt_executable *e, int32_t n, const adrt_attachment *attachments, int32_t *handle,

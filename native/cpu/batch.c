@@ -116,27 +116,35 @@ static bool plan_segments(plan *p, const adrt_batch *b) {
   return true;
 }
 
+static bool is_in_place(const instruction *in) { return in->op.kind == ADRT_LINEAR && in->op.out == in->op.a; }
+
+/* Take `count` times `each` floats of plan.hidden; false when there cannot be so many. */
+static bool plan_hidden(plan *p, int64_t count, int64_t each) {
+  int64_t floats = cpu_product(count, each, 1);
+  if (floats < 0 || p->n_hidden > ((int64_t)1 << 50) - floats) return false;
+  p->n_hidden += floats;
+  return true;
+}
+
+static bool plan_term(plan *p, instruction *in, const segment *where, const term *t) {
+  int64_t rows = cpu_rows_to_prepare(t), at_once = cpu_rows_per_job(t), jobs = items_of(rows, at_once);
+  if (!buffer_grow(&p->shrink_buffer, p->n_shrinks + jobs, sizeof *p->shrinks)) return false;
+  p->shrinks = p->shrink_buffer.data;
+  for (int64_t row = 0; row < rows; row += at_once)
+    p->shrinks[p->n_shrinks++] =
+        (shrink_job){where, t, p->n_hidden, row, rows - row < at_once ? rows - row : at_once};
+  in->n_shrinks += jobs;
+  return plan_hidden(p, where->count, t->hidden);
+}
+
 static bool plan_application(plan *p, instruction *in, const segment *where, const attachment *what) {
   if (!buffer_grow(&p->application_buffer, p->n_applications + 1, sizeof *p->applications)) return false;
   p->applications = p->application_buffer.data;
   p->applications[p->n_applications++] = (application){where, what, p->n_hidden};
   in->n_applications++;
-  if (what->g_in) in->scaled_input = true;
-  for (int32_t k = 0; k < what->n_terms; k++) {
-    const term *t = &what->terms[k];
-    int64_t jobs = items_of(t->v.rows, SHRINK_ROWS_PER_ITEM);
-    if (!buffer_grow(&p->shrink_buffer, p->n_shrinks + jobs, sizeof *p->shrinks)) return false;
-    p->shrinks = p->shrink_buffer.data;
-    for (int64_t row = 0; row < t->v.rows; row += SHRINK_ROWS_PER_ITEM) {
-      int64_t left = t->v.rows - row;
-      p->shrinks[p->n_shrinks++] =
-          (shrink_job){where, t, p->n_hidden, row, left < SHRINK_ROWS_PER_ITEM ? left : SHRINK_ROWS_PER_ITEM};
-    }
-    in->n_shrinks += jobs;
-    int64_t hidden = cpu_product(where->count, t->v.rows, 1);
-    if (hidden < 0 || p->n_hidden > ((int64_t)1 << 50) - hidden) return false;
-    p->n_hidden += hidden;
-  }
+  if (what->g_in || what->rotation) in->maps_input = true;
+  for (int32_t k = 0; k < what->n_terms; k++)
+    if (!plan_term(p, in, where, &what->terms[k])) return false;
   return true;
 }
 
@@ -148,7 +156,7 @@ static bool plan_instruction(adrt_executable *e, instruction *in) {
   in->first_application = p->n_applications;
   in->first_shrink = p->n_shrinks;
   in->n_applications = in->n_shrinks = 0;
-  in->scaled_input = false;
+  in->maps_input = false;
   for (int64_t s = 0; in->op.target >= 0 && s < n; s++) {
     for (int32_t i = 0; i < segments[s].n; i++) {
       const adapter *a = e->adapters[p->batch->stacks[segments[s].first + i]];
@@ -156,11 +164,12 @@ static bool plan_instruction(adrt_executable *e, instruction *in) {
       if (what && !plan_application(p, in, &segments[s], what)) return false;
     }
   }
-  return true;
+  in->kept_at = in->n_applications && is_in_place(in) ? p->n_hidden : -1;
+  return in->kept_at < 0 || plan_hidden(p, tokens_of(e, in), e->strides[in->op.a]);
 }
 
 /* Where each product of a wave reads its activations: the register itself, a slot of its own, or one it
- * shares. */
+ * shares. Its adapters' terms read the register, or a copy where the output replaces it. */
 static void plan_inputs(adrt_executable *e, int32_t first, int32_t end) {
   int32_t slot = 0;
   for (int32_t i = first; i < end; i++) {
@@ -168,14 +177,15 @@ static void plan_inputs(adrt_executable *e, int32_t first, int32_t end) {
     if (!is_product(in->op.kind)) continue;
     in->prepared = NULL;
     in->x = e->registers[in->op.a];
-    in->x_stride = e->strides[in->op.a];
-    bool in_place = in->op.kind == ADRT_LINEAR && in->op.out == in->op.a;
-    if (in->layout == X_PLAIN && !in->scaled_input && !in_place) continue;
+    in->x_stride = in->plain_stride = e->strides[in->op.a];
+    in->kept = in->kept_at < 0 ? NULL : e->plan.hidden + in->kept_at;
+    in->plain = in->kept ? in->kept : in->x;
+    if (in->layout == X_PLAIN && !in->maps_input && !is_in_place(in)) continue;
     in->x_stride = e->slot_stride;
     const instruction *same = NULL;
-    for (int32_t j = first; j < i && !same && !in->scaled_input; j++) {
+    for (int32_t j = first; j < i && !same && !in->maps_input; j++) {
       const instruction *other = &e->instructions[j];
-      if (is_product(other->op.kind) && other->prepared && !other->scaled_input && other->op.a == in->op.a &&
+      if (is_product(other->op.kind) && other->prepared && !other->maps_input && other->op.a == in->op.a &&
           other->layout == in->layout)
         same = other;
     }
@@ -185,7 +195,7 @@ static void plan_inputs(adrt_executable *e, int32_t first, int32_t end) {
 }
 
 static int64_t scratch_needed(const adrt_executable *e, const adrt_batch *b) {
-  int64_t context = 0, floats = e->slot_stride > e->max_rank ? e->slot_stride : e->max_rank;
+  int64_t context = 0, floats = cpu_linear_scratch(e);
   for (int32_t t = 0; t < b->n_tokens; t++)
     if (b->positions[t] >= context) context = (int64_t)b->positions[t] + 1;
   int64_t attention = e->max_group * (cpu_align(e->max_head, BLOCK) + cpu_align(context, PANEL));

@@ -27,6 +27,7 @@ void cpu_free(void *memory);
 typedef struct {
   int32_t dtype;
   int64_t rows, cols;
+  int64_t skipped;        /* items between a row and the next: more than 0 for the leading columns of wider floats */
   const uint8_t *data;    /* values, or the codes of int8 and nf4 */
   const uint8_t *absmax;  /* nf4: [ceil(n/64)] */
   const uint8_t *nested;  /* nf4: float32 [ceil(blocks/256)] */
@@ -39,7 +40,17 @@ int cpu_matrix(const adrt_tensor *tensor, const char *what, int64_t index, matri
 /* Row `row` as float32 [cols]: the dequantized values, rounded as spec/format.md says. */
 void cpu_decode_row(const matrix *m, int64_t row, float *out);
 float cpu_element(const matrix *m, int64_t row, int64_t col);
+/* Of int8 and nf4: the stored code of an element, and the scale of its block. */
+uint8_t cpu_code(const matrix *m, int64_t row, int64_t col);
+float cpu_scale(const matrix *m, int64_t row, int64_t col);
 const char *cpu_dtype_name(int32_t dtype);
+
+static inline bool cpu_is_quantized(int32_t dtype) { return dtype == ADRT_INT8 || dtype == ADRT_NF4; }
+
+/* Bytes of `items` values or codes; an even number of nf4's. */
+static inline int64_t cpu_bytes_of(int32_t dtype, int64_t items) {
+  return dtype == ADRT_F32 ? 4 * items : dtype == ADRT_NF4 ? items / 2 : dtype == ADRT_INT8 ? items : 2 * items;
+}
 
 float cpu_f16_to_f32(uint16_t h);
 uint16_t cpu_f32_to_f16(float f); /* ties to even */

@@ -6,7 +6,7 @@
  *
  *   phase      LINEAR, LOGITS                           ATTENTION           the others
  *   PREPARE    rearrange activations; adapters' V x     store k and v       -
- *   COMPUTE    rows of W x, plus adapters' U (V x)      softmax(q k) v      everything
+ *   COMPUTE    rows of W x, plus adapters' terms        softmax(q k) v      everything
  */
 #ifndef CPU_EXECUTABLE_H
 #define CPU_EXECUTABLE_H
@@ -19,32 +19,42 @@
 enum phase { PREPARE, COMPUTE, N_PHASES };
 enum {
   TOKENS_PER_ITEM = 4,
-  SHRINK_ROWS_PER_ITEM = 4,
+  TOKENS_AT_ONCE = 8, /* of a term's result before it is added */
   GATHER = ADRT_LOGITS + 1 /* internal: picks logit rows */
 };
 
-/* U of an adapter term as panels [ceil(out/16)][rank][16], so that adding U h streams; shared between
- * adapters whose U has the same data pointer. */
-typedef struct u_panels {
-  struct u_panels *next;
-  const void *source;
-  int32_t dtype;
-  int64_t out, rank;
+/* An adapter's U, or its rotation, as panels [ceil(out/16)][rank][16], so that adding U h streams; made once for all
+ * adapters whose tensor has the same data pointer. Quantized panels hold codes (kernels.h). */
+typedef struct panels {
+  struct panels *next;
+  matrix source;
   int64_t references;
-  void *panels;
-} u_panels;
+  int32_t dtype; /* of the panels */
+  int64_t rank, stride; /* items in a panel */
+  uint8_t *items;
+  float *scales; /* int8, nf4: [ceil(out/64)][rank] */
+} panels;
 
 typedef struct {
-  matrix v;       /* [rank, in] */
-  u_panels *u;    /* [out, rank] */
-  const float *d; /* [rank] or NULL */
+  int32_t kind; /* adrt_term_kind */
   float scale;
+  matrix v;         /* LOW_RANK: [rank, in]; KRONECKER: W2 [c, d] */
+  panels *u;        /* LOW_RANK: NULL is the identity */
+  matrix w1;        /* KRONECKER: [a, b] */
+  const float *d, *e; /* LOW_RANK: [rank], [out], or NULL */
+  const int32_t *row_start, *columns; /* SPARSE */
+  const float *values;
+  int64_t hidden; /* floats a token that PREPARE leaves for COMPUTE; 0: nothing to prepare */
 } term;
 
 typedef struct {
   int32_t n_terms;
   term *terms;
   const float *g_in, *g_out, *c;
+  const float *rotation;
+  int64_t rotation_block;
+  panels *rotation_panels; /* where blocks are whole panels */
+  bool scales_bias;
 } attachment;
 
 typedef struct {
@@ -57,18 +67,19 @@ typedef struct {
   int32_t first, n;
 } segment;
 
-/* One adapter acting on one operation for one segment; its terms' V x lie one after the other at `hidden`. */
+/* One adapter acting on one operation for one segment. */
 typedef struct {
   const segment *where;
   const attachment *what;
-  int64_t hidden; /* floats into plan.hidden; term k is [count, rank_k] */
+  int64_t hidden; /* floats into plan.hidden, where its terms' [count, term.hidden] lie one after the other */
 } application;
 
+/* Some rows of a term's v for the tokens of a segment: V x, or W2's share of a Kronecker product. */
 typedef struct {
   const segment *where;
   const term *what;
   int64_t hidden;
-  int64_t row0, n_rows; /* of V */
+  int64_t row0, n_rows;
 } shrink_job;
 
 typedef struct {
@@ -88,7 +99,11 @@ typedef struct {
   const float *x; /* activations that the product reads [n, x_stride] */
   int64_t x_stride;
   float *prepared;   /* where this operation itself writes x, or NULL */
-  bool scaled_input; /* some application has g_in */
+  bool maps_input;   /* some application has g_in or a rotation */
+  const float *plain; /* the input as it was before this operation, [n, plain_stride], for terms */
+  int64_t plain_stride;
+  float *kept; /* where it is copied to when the output replaces it, or NULL */
+  int64_t kept_at; /* floats into plan.hidden; -1 = not copied */
 } instruction;
 
 typedef struct {
@@ -160,7 +175,7 @@ struct adrt_executable {
   adapter **adapters; /* by handle, NULL when detached */
   buffer adapter_buffer;
   int64_t max_rank; /* of any term attached so far */
-  u_panels *panels;
+  panels *panels;
 
   int64_t max_cols, max_group, max_head; /* widest product input; most query heads a KV head; largest head */
   int64_t scratch_floats;
@@ -185,6 +200,24 @@ int cpu_attach(adrt_executable *e, int32_t n, const adrt_attachment *attachments
                adrt_error *error);
 int cpu_detach(adrt_executable *e, int32_t handle, adrt_error *error);
 void cpu_free_adapter(adrt_executable *e, adapter *a);
+
+/* Panels of a float matrix [out, rank] or of a quantized one [rank, out], shared by data pointer; NULL when memory is
+ * short. */
+panels *cpu_share_panels(adrt_executable *e, const matrix *source);
+void cpu_release_panels(adrt_executable *e, panels *p);
+
+/* Check the term `k` of a target and make ready what it needs; a failed one holds nothing. */
+int cpu_make_term(adrt_executable *e, const adrt_term *in, int32_t target, int32_t k, term *out, adrt_error *error);
+/* Its two halves (terms.c). `y` starts at row0 and holds the rows of the operation's output for the segment's tokens. */
+int64_t cpu_rows_per_job(const term *t);
+int64_t cpu_rows_to_prepare(const term *t);
+void cpu_prepare_term(const adrt_executable *e, const instruction *in, const shrink_job *job, float *scratch);
+void cpu_add_term(const adrt_executable *e, const instruction *in, const term *t, const segment *where,
+                  const float *hidden, int64_t row0, int64_t n_rows, float *y, int64_t y_stride, float *scratch);
+/* The whole of a term for a one-hot input. */
+void cpu_add_embedded(const adrt_executable *e, const term *t, int32_t token, int64_t width, float *out,
+                      float *scratch);
+int64_t cpu_term_scratch(const adrt_executable *e); /* floats */
 int cpu_step(adrt_executable *e, const adrt_batch *batch, adrt_error *error);
 
 /* The items of an operation in a phase, and the work of one of them. */
@@ -192,7 +225,9 @@ int64_t cpu_linear_items(const adrt_executable *e, const instruction *in, enum p
 void cpu_linear(adrt_executable *e, const instruction *in, enum phase phase, int64_t item, float *scratch);
 int64_t cpu_attention_items(const adrt_executable *e, const instruction *in, enum phase phase);
 void cpu_attention(adrt_executable *e, const instruction *in, enum phase phase, int64_t item, float *scratch);
+int64_t cpu_linear_scratch(const adrt_executable *e); /* floats */
 void cpu_embed(adrt_executable *e, const instruction *in, int64_t token, float *scratch);
+void cpu_norm(adrt_executable *e, const instruction *in, int64_t token);
 void cpu_rope(adrt_executable *e, const instruction *in, int64_t token);
 void cpu_fill_rope_tables(adrt_executable *e);
 

@@ -15,37 +15,56 @@ static void add(float *x, const float *y, int64_t n) {
   for (int64_t i = 0; i < n; i++) x[i] += y[i];
 }
 
-/* The activations of one token in the form that the product reads, multiplied by every g_in of its stack. */
-static void prepare_token(const adrt_executable *e, const instruction *in, int64_t token, float *scratch) {
-  const float *x = row_of(e, in->op.a, token);
-  float *out = in->prepared + token * in->x_stride;
-  int64_t cols = in->weight.cols, padded = cpu_align(cols, BLOCK);
-  if (in->scaled_input) {
-    memcpy(scratch, x, (size_t)padded * sizeof *x);
-    for (int64_t i = 0; i < in->n_applications; i++) {
-      const application *a = &applications_of(e, in)[i];
-      bool acts = a->what->g_in && token >= a->where->start && token < a->where->start + a->where->count;
-      if (acts) multiply(scratch, a->what->g_in, cols);
-    }
-    x = scratch;
-  }
-  switch (in->layout) {
-    case X_PLAIN: memcpy(out, x, (size_t)padded * sizeof *x); break;
-    case X_SPLIT: e->kernels->split(x, cols, out); break;
-    default: e->kernels->quantize(x, cols, in->layout == X_INTEGER_SPLIT, out);
+/* x' = R x, a block after the other. */
+static void rotate(const adrt_executable *e, const attachment *a, const float *x, int64_t cols, int64_t n, float *out) {
+  int64_t b = a->rotation_block, stride = e->slot_stride;
+  const panels *r = a->rotation_panels;
+  for (int64_t t = 0; t < n; t++) memset(out + t * stride, 0, (size_t)cols * sizeof *out);
+  for (int64_t first = 0; first < cols; first += b) {
+    const float *block = a->rotation + first * b;
+    if (r)
+      e->kernels->expand[ADRT_F32](r->items + cpu_bytes_of(ADRT_F32, first / PANEL * r->stride), r->stride, b, b,
+                                   x + first, stride, n, out + first, stride);
+    for (int64_t t = 0; !r && t < n; t++)
+      for (int64_t i = 0; i < b; i++)
+        for (int64_t j = 0; j < b; j++) out[t * stride + first + i] += block[i * b + j] * x[t * stride + first + j];
   }
 }
 
-/* Some rows of scale * d * (V x) for the tokens of a segment. */
-static void shrink(const adrt_executable *e, const instruction *in, const shrink_job *job) {
-  const term *t = job->what;
-  int64_t rank = t->v.rows, count = job->where->count;
-  float *hidden = e->plan.hidden + job->hidden + job->row0;
-  e->kernels->exact[t->v.dtype](&t->v, job->row0, job->n_rows, row_of(e, in->op.a, job->where->start),
-                                e->strides[in->op.a], count, hidden, rank);
-  for (int64_t i = 0; i < count; i++)
-    for (int64_t r = 0; r < job->n_rows; r++)
-      hidden[i * rank + r] *= t->d ? t->scale * t->d[job->row0 + r] : t->scale;
+/* The inputs of a few tokens after every g_in and rotation of their stacks, in `mapped`, slot_stride apart. */
+static void map_input(const adrt_executable *e, const instruction *in, int64_t first, int64_t n, float *mapped) {
+  int64_t cols = in->weight.cols, stride = e->slot_stride;
+  float *rotated = mapped + TOKENS_PER_ITEM * stride;
+  for (int64_t t = 0; t < n; t++)
+    memcpy(mapped + t * stride, row_of(e, in->op.a, first + t), (size_t)cpu_align(cols, BLOCK) * sizeof *mapped);
+  for (int64_t i = 0; i < in->n_applications; i++) {
+    const application *a = &applications_of(e, in)[i];
+    int64_t from = a->where->start - first, end = from + a->where->count;
+    if (from < 0) from = 0;
+    if (end > n) end = n;
+    for (int64_t t = from; a->what->g_in && t < end; t++) multiply(mapped + t * stride, a->what->g_in, cols);
+    if (!a->what->rotation || from >= end) continue;
+    rotate(e, a->what, mapped + from * stride, cols, end - from, rotated);
+    for (int64_t t = from; t < end; t++)
+      memcpy(mapped + t * stride, rotated + (t - from) * stride, (size_t)cols * sizeof *mapped);
+  }
+}
+
+/* The activations of a few tokens in the form that the product reads. */
+static void prepare_tokens(const adrt_executable *e, const instruction *in, int64_t first, int64_t n, float *scratch) {
+  int64_t cols = in->weight.cols, padded = cpu_align(cols, BLOCK);
+  if (in->maps_input) map_input(e, in, first, n, scratch);
+  for (int64_t t = 0; t < n; t++) {
+    const float *x = row_of(e, in->op.a, first + t);
+    float *out = in->prepared + (first + t) * in->x_stride;
+    if (in->kept) memcpy(in->kept + (first + t) * in->plain_stride, x, (size_t)padded * sizeof *x);
+    if (in->maps_input) x = scratch + t * e->slot_stride;
+    switch (in->layout) {
+      case X_PLAIN: memcpy(out, x, (size_t)padded * sizeof *x); break;
+      case X_SPLIT: e->kernels->split(x, cols, out); break;
+      default: e->kernels->quantize(x, cols, in->layout == X_INTEGER_SPLIT, out);
+    }
+  }
 }
 
 static void product_decoded(const instruction *in, int64_t row0, int64_t n_rows, int64_t n, float *y,
@@ -59,25 +78,42 @@ static void product_decoded(const instruction *in, int64_t row0, int64_t n_rows,
   }
 }
 
-static void expand_term(const kernels *k, const term *t, const float *hidden, int64_t count, int64_t row0,
-                        int64_t n_rows, float *y, int64_t stride) {
-  const u_panels *u = t->u;
-  const uint8_t *panels = (const uint8_t *)u->panels + row0 * u->rank * (u->dtype == ADRT_F32 ? 4 : 2);
-  k->expand[u->dtype](panels, u->rank * PANEL, u->rank, n_rows, hidden, u->rank, count, y, stride);
-}
-
 /* Rows [row0, row0 + n_rows) of one adapter onto the accumulated product of its segment. */
-static void apply(const adrt_executable *e, const application *a, int64_t row0, int64_t n_rows, float *y,
-                  int64_t stride) {
+static void apply(const adrt_executable *e, const instruction *in, const application *a, int64_t row0, int64_t n_rows,
+                  float *y, int64_t stride, float *scratch) {
   const float *hidden = e->plan.hidden + a->hidden;
   float *mine = y + a->where->start * stride;
   for (int32_t k = 0; k < a->what->n_terms; k++) {
     const term *t = &a->what->terms[k];
-    expand_term(e->kernels, t, hidden, a->where->count, row0, n_rows, mine, stride);
-    hidden += a->where->count * t->v.rows;
+    cpu_add_term(e, in, t, a->where, hidden, row0, n_rows, mine, stride, scratch);
+    hidden += a->where->count * t->hidden;
   }
   if (!a->what->g_out) return;
   for (int64_t i = 0; i < a->where->count; i++) multiply(mine + i * stride, a->what->g_out + row0, n_rows);
+}
+
+/* One adapter's share of what a token gets added at the end. */
+static void accumulate(const attachment *a, int64_t row0, int64_t n, float *constant) {
+  if (a->g_out && a->scales_bias) multiply(constant, a->g_out + row0, n);
+  if (a->c) add(constant, a->c + row0, n);
+}
+
+/* The bias and every c: of the applications one stack after the other, and of the tokens without any. */
+static void add_constants(const adrt_executable *e, const instruction *in, int64_t row0, int64_t n_rows, float *y,
+                          int64_t stride, float *constant) {
+  const application *a = applications_of(e, in), *end = a + in->n_applications;
+  for (int64_t t = 0, n = tokens_of(e, in), stop; t < n;) {
+    const segment *where = a < end && a->where->start <= t ? a->where : NULL;
+    memset(constant, 0, (size_t)n_rows * sizeof *constant);
+    if (in->bias) memcpy(constant, in->bias + row0, (size_t)n_rows * sizeof *constant);
+    bool any = in->bias != NULL;
+    for (; where && a < end && a->where == where; a++) {
+      accumulate(a->what, row0, n_rows, constant);
+      any |= a->what->c != NULL;
+    }
+    for (stop = where ? t + where->count : a < end ? a->where->start : n; t < stop; t++)
+      if (any) add(y + t * stride, constant, n_rows);
+  }
 }
 
 static void compute_rows(const adrt_executable *e, const instruction *in, int64_t row0, float *scratch) {
@@ -89,15 +125,9 @@ static void compute_rows(const adrt_executable *e, const instruction *in, int64_
     product_decoded(in, row0, n_rows, n, y, stride, scratch);
   else
     in->product(&in->weight, row0, n_rows, in->x, in->x_stride, n, y, stride);
-  const application *applications = applications_of(e, in);
-  for (int64_t i = 0; i < in->n_applications; i++) apply(e, &applications[i], row0, n_rows, y, stride);
-  for (int64_t i = 0; in->bias && i < n; i++) add(y + i * stride, in->bias + row0, n_rows);
-  for (int64_t i = 0; i < in->n_applications; i++) {
-    const segment *where = applications[i].where;
-    const float *c = applications[i].what->c;
-    for (int64_t t = where->start; c && t < where->start + where->count; t++)
-      add(y + t * stride, c + row0, n_rows);
-  }
+  for (int64_t i = 0; i < in->n_applications; i++)
+    apply(e, in, &applications_of(e, in)[i], row0, n_rows, y, stride, scratch);
+  if (in->bias || in->n_applications) add_constants(e, in, row0, n_rows, y, stride, scratch);
 }
 
 static int64_t prepare_items(const adrt_executable *e, const instruction *in) {
@@ -114,40 +144,58 @@ void cpu_linear(adrt_executable *e, const instruction *in, enum phase phase, int
     compute_rows(e, in, item * in->rows_per_item, scratch);
     return;
   }
-  int64_t prepares = prepare_items(e, in), first = item * TOKENS_PER_ITEM, n = tokens_of(e, in);
-  if (item >= prepares) shrink(e, in, &e->plan.shrinks[in->first_shrink + item - prepares]);
-  for (int64_t t = first; item < prepares && t < first + TOKENS_PER_ITEM && t < n; t++)
-    prepare_token(e, in, t, scratch);
+  int64_t prepares = prepare_items(e, in), first = item * TOKENS_PER_ITEM, left = tokens_of(e, in) - first;
+  if (item >= prepares)
+    cpu_prepare_term(e, in, &e->plan.shrinks[in->first_shrink + item - prepares], scratch);
+  else
+    prepare_tokens(e, in, first, left < TOKENS_PER_ITEM ? left : TOKENS_PER_ITEM, scratch);
+}
+
+int64_t cpu_linear_scratch(const adrt_executable *e) {
+  int64_t map = 2 * TOKENS_PER_ITEM * e->slot_stride, terms = cpu_term_scratch(e), most = map > terms ? map : terms;
+  for (int32_t i = 0; i < e->n_instructions; i++)
+    if (e->instructions[i].rows_per_item > most) most = e->instructions[i].rows_per_item;
+  return most;
+}
+
+/* What adapter i of a token's stack does to an operation on single tokens, or NULL. */
+static const attachment *acting(const adrt_executable *e, const instruction *in, int64_t token, int32_t i) {
+  const adrt_batch *b = e->plan.batch;
+  int32_t run = e->plan.run_of_token[token], first = b->stack_start[run];
+  return e->adapters[b->stacks[first + i]]->by_target[in->op.target];
+}
+
+static int32_t stack_size(const adrt_executable *e, const instruction *in, int64_t token) {
+  const int32_t *start = e->plan.batch->stack_start + e->plan.run_of_token[token];
+  return in->op.target < 0 ? 0 : start[1] - start[0];
 }
 
 /* The embedding's normal form has a one-hot x, so g_in and V are read at one column. */
-static void apply_embed(const adrt_executable *e, const attachment *a, int32_t token, int64_t width,
-                        float *out, float *hidden) {
-  for (int32_t k = 0; k < a->n_terms; k++) {
-    const term *t = &a->terms[k];
-    for (int64_t r = 0; r < t->v.rows; r++)
-      hidden[r] = cpu_element(&t->v, r, token) * (t->d ? t->scale * t->d[r] : t->scale);
-    expand_term(e->kernels, t, hidden, 1, 0, width, out, 0);
-  }
-  if (a->g_out) multiply(out, a->g_out, width);
-}
-
 void cpu_embed(adrt_executable *e, const instruction *in, int64_t index, float *scratch) {
-  const adrt_batch *b = e->plan.batch;
-  int32_t token = b->tokens[index], run = e->plan.run_of_token[index];
-  int32_t first = b->stack_start[run], end = in->op.target >= 0 ? b->stack_start[run + 1] : first;
+  int32_t token = e->plan.batch->tokens[index], n = stack_size(e, in, index);
   float *out = row_of(e, in->op.out, index);
   cpu_decode_row(&in->weight, token, out);
-  for (int32_t i = first; i < end; i++) {
-    const attachment *a = e->adapters[b->stacks[i]]->by_target[in->op.target];
+  for (int32_t i = 0; i < n; i++) {
+    const attachment *a = acting(e, in, index, i);
     for (int64_t j = 0; a && a->g_in && j < in->width; j++) out[j] *= a->g_in[token];
   }
-  for (int32_t i = first; i < end; i++) {
-    const attachment *a = e->adapters[b->stacks[i]]->by_target[in->op.target];
-    if (a) apply_embed(e, a, token, in->width, out, scratch);
+  float *constant = scratch;
+  memset(constant, 0, (size_t)in->width * sizeof *constant);
+  for (int32_t i = 0; i < n; i++) {
+    const attachment *a = acting(e, in, index, i);
+    for (int32_t k = 0; a && k < a->n_terms; k++)
+      cpu_add_embedded(e, &a->terms[k], token, in->width, out, scratch + e->slot_stride);
+    if (a && a->g_out) multiply(out, a->g_out, in->width);
+    if (a) accumulate(a, 0, in->width, constant);
   }
-  for (int32_t i = first; i < end; i++) {
-    const attachment *a = e->adapters[b->stacks[i]]->by_target[in->op.target];
-    if (a && a->c) add(out, a->c, in->width);
+  if (n) add(out, constant, in->width);
+}
+
+void cpu_norm(adrt_executable *e, const instruction *in, int64_t token) {
+  float *out = row_of(e, in->op.out, token);
+  e->kernels->norm(row_of(e, in->op.a, token), in->vector, in->op.value[0], in->width, out);
+  for (int32_t i = 0; i < stack_size(e, in, token); i++) {
+    const attachment *a = acting(e, in, token, i);
+    if (a && a->g_out) multiply(out, a->g_out, in->width);
   }
 }

@@ -15,9 +15,7 @@ static void token_op(adrt_executable *e, const instruction *in, int64_t t, float
   switch (op->kind) {
     case ADRT_EMBED: cpu_embed(e, in, t, scratch); break;
     case ADRT_ROPE: cpu_rope(e, in, t); break;
-    case ADRT_NORM:
-      k->norm(row_of(e, op->a, t), in->vector, op->value[0], in->width, row_of(e, op->out, t));
-      break;
+    case ADRT_NORM: cpu_norm(e, in, t); break;
     case ADRT_GATED:
       k->gated(op->mode, row_of(e, op->a, t), row_of(e, op->b, t), in->width, row_of(e, op->out, t));
       break;

@@ -112,18 +112,26 @@ static float absmax_at(const matrix *m, int64_t block) {
   return scaled + m->offset;
 }
 
-float cpu_element(const matrix *m, int64_t row, int64_t col) {
+uint8_t cpu_code(const matrix *m, int64_t row, int64_t col) {
   int64_t i = row * m->cols + col;
+  return m->dtype == ADRT_INT8 ? m->data[i] : m->data[i / 2] >> (i % 2 ? 0 : 4) & 15;
+}
+
+float cpu_scale(const matrix *m, int64_t row, int64_t col) {
+  if (m->dtype == ADRT_NF4) return absmax_at(m, (row * m->cols + col) / BLOCK);
+  return bf16_to_f32(m->scales[row * ((m->cols + BLOCK - 1) / BLOCK) + col / BLOCK]);
+}
+
+float cpu_element(const matrix *m, int64_t row, int64_t col) {
+  int64_t i = row * (m->cols + m->skipped) + col;
   uint16_t half;
   float value;
   switch (m->dtype) {
     case ADRT_F32: memcpy(&value, m->data + 4 * i, 4); return value;
     case ADRT_F16: memcpy(&half, m->data + 2 * i, 2); return cpu_f16_to_f32(half);
     case ADRT_BF16: memcpy(&half, m->data + 2 * i, 2); return bf16_to_f32(half);
-    case ADRT_INT8:
-      return (float)(int8_t)m->data[i] *
-             bf16_to_f32(m->scales[row * ((m->cols + BLOCK - 1) / BLOCK) + col / BLOCK]);
-    default: return NF4_CODEBOOK[m->data[i / 2] >> (i % 2 ? 0 : 4) & 15] * absmax_at(m, i / BLOCK);
+    case ADRT_INT8: return (float)(int8_t)cpu_code(m, row, col) * cpu_scale(m, row, col);
+    default: return NF4_CODEBOOK[cpu_code(m, row, col)] * cpu_scale(m, row, col);
   }
 }
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptrt.adapters.normal import Lowered, LoweredAdapter, LowRank
-from adaptrt.backends.base import Batch, Executable
+from adaptrt.adapters.fit import AttachPoint
+from adaptrt.adapters.normal import Kronecker, Lowered, LoweredAdapter, LowRank, Sparse, Term
+from adaptrt.backends.base import Batch, Executable, attach_points
 from adaptrt.program import Add, Attention, Embed, Gated, Linear, Logits, Norm, Op, Program, Rope, Scale
 from adaptrt.quant.plain import from_float32
 from adaptrt.tensor import Tensor
@@ -88,7 +89,7 @@ def decoder(sizes: Sizes = Sizes(), dtype: str = "nf4", head: str = "int8", seed
     for i in range(sizes.layers):
         for norm in (f"{i}.norm1", f"{i}.norm2"):
             tensors[norm] = from_float32(1 + random(seed + len(tensors), sizes.width, scale=0.1), "f32")
-        ops += [Norm("h", "x", f"{i}.norm1", 1e-5), linear("q", "h", f"{i}.q", bias=True)]
+        ops += [Norm("h", "x", f"{i}.norm1", 1e-5, f"{i}.norm1"), linear("q", "h", f"{i}.q", bias=True)]
         ops += [linear("k", "h", f"{i}.k"), linear("v", "h", f"{i}.v")]
         ops += [
             Rope("q", sizes.heads, sizes.head_dim, "inv"),
@@ -98,7 +99,7 @@ def decoder(sizes: Sizes = Sizes(), dtype: str = "nf4", head: str = "int8", seed
         ops += [Attention("a", "q", "k", "v", *shape, scale=sizes.head_dim**-0.5, softcap=20.0 * i)]
         ops += [linear("o", "a", f"{i}.o"), Scale("o", "o", 0.7, 30.0 * i), Add("x", "x", "o")]
         ops += [
-            Norm("h", "x", f"{i}.norm2", 1e-5),
+            Norm("h", "x", f"{i}.norm2", 1e-5, f"{i}.norm2"),
             linear("gate", "h", f"{i}.gate"),
             linear("up", "h", f"{i}.up"),
         ]
@@ -118,27 +119,111 @@ def weight(name: str, rows: int, cols: int, dtype: str, tensors: dict[str, Tenso
 def adapter(
     made: Model, seed: int, dtype: str = "f32", rank: int = 5, skip: Sequence[str] = ()
 ) -> LoweredAdapter:
-    """An adapter with everything the normal form has, on every target but `skip`."""
+    """An adapter with low-rank terms and every vector the normal form has, on every target but norms and `skip`."""
     lowered: dict[str, Lowered] = {}
-    for i, op in enumerate(made.program.ops):
-        if not isinstance(op, Embed | Linear | Logits) or op.target in skip:
+    for i, (target, point) in enumerate(attach_points(made.program, made.tensors).items()):
+        if point.kind == "norm" or target in skip:
             continue
-        out, inner = made.tensors[op.weight].shape
-        if isinstance(op, Embed):
-            out, inner = inner, out
         s = 1000 * seed + 10 * i
-        terms = [term(s, out, inner, rank, dtype), term(s + 3, out, inner, 2 * rank + 1, dtype, with_d=True)]
-        gains = {} if isinstance(op, Embed) else {"g_in": 1 + random(s + 7, inner, scale=0.1)}
-        lowered[op.target] = Lowered(
-            tuple(terms), g_out=1 + random(s + 8, out, scale=0.1), c=random(s + 9, out, scale=0.1), **gains
+        terms = (
+            low_rank(s, point, rank, dtype),
+            low_rank(s + 3, point, 2 * rank + 1, dtype, d=True),
         )
+        gains = {} if point.kind == "embedding" else {"g_in": 1 + random(s + 7, point.inner, scale=0.1)}
+        g_out, c = 1 + random(s + 8, point.out, scale=0.1), random(s + 9, point.out, scale=0.1)
+        lowered[target] = Lowered(terms, g_out=g_out, c=c, **gains)
     return lowered
 
 
-def term(seed: int, out: int, inner: int, rank: int, dtype: str, with_d: bool = False) -> LowRank:
-    u = from_float32(random(seed, out, rank, scale=0.3 * rank**-0.5), dtype)
-    v = from_float32(random(seed + 1, rank, inner, scale=inner**-0.5), dtype)
-    return LowRank(u, v, 0.8, 1 + random(seed + 2, rank, scale=0.5) if with_d else None)
+def low_rank(
+    seed: int,
+    point: AttachPoint,
+    rank: int,
+    dtype: str,
+    *,
+    u_dtype: str | None = None,
+    beyond: int = 0,
+    d: bool = False,
+    e: bool = False,
+) -> LowRank:
+    """U and V of random values; `beyond`: rows and columns more than the attach point has."""
+    u_dtype = u_dtype or dtype
+    u = random(seed, point.out + beyond, rank, scale=0.3 * rank**-0.5)
+    v = random(seed + 1, rank, point.inner + beyond, scale=point.inner**-0.5)
+    return LowRank(
+        from_float32(np.ascontiguousarray(u.T) if u_dtype in ("int8", "nf4") else u, u_dtype),
+        from_float32(v, dtype),
+        0.8,
+        1 + random(seed + 2, rank, scale=0.5) if d else None,
+        1 + random(seed + 3, point.out, scale=0.5) if e else None,
+    )
+
+
+def dense(seed: int, point: AttachPoint, dtype: str, beyond: int = 0, vectors: bool = False) -> LowRank:
+    v = random(seed, point.out, point.inner + beyond, scale=0.3 * point.inner**-0.5)
+    d, e = (1 + random(seed + i, point.out, scale=0.5) if vectors else None for i in (1, 2))
+    return LowRank(None, from_float32(v, dtype), -0.7, d, e)
+
+
+def sparse(seed: int, point: AttachPoint, density: float) -> Sparse:
+    rng = np.random.default_rng(seed)
+    filled = rng.random(point.weight_shape) < density
+    values = random(seed, int(filled.sum()), scale=0.5 * (1 + density * point.inner) ** -0.5)
+    row_start = np.cumsum([0, *filled.sum(axis=1)], dtype=np.int32)
+    return Sparse(row_start, np.nonzero(filled)[1].astype(np.int32), values, 1.3)
+
+
+def kronecker(seed: int, point: AttachPoint, dtype: str, a: int, b: int) -> Kronecker:
+    w1 = from_float32(random(seed, a, b, scale=b**-0.5), dtype)
+    w2 = from_float32(
+        random(seed + 1, point.out // a, point.inner // b, scale=0.3 * (point.inner // b) ** -0.5), dtype
+    )
+    return Kronecker(w1, w2, 0.9)
+
+
+def divisors(n: int) -> list[int]:
+    return [i for i in range(1, n + 1) if n % i == 0]
+
+
+def rotation(seed: int, inner: int, block: int) -> Floats:
+    return np.eye(block, dtype=np.float32) + random(
+        seed, inner // block, block, block, scale=0.3 * block**-0.5
+    )
+
+
+def everything(made: Model, seed: int) -> LoweredAdapter:
+    """An adapter in which every kind of term and every vector occurs, several at every target."""
+    return {
+        target: everything_at(1000 * seed + 50 * i, point)
+        for i, (target, point) in enumerate(attach_points(made.program, made.tensors).items())
+    }
+
+
+def everything_at(s: int, point: AttachPoint) -> Lowered:
+    g_out = 1 + random(s, point.out, scale=0.1)
+    if point.kind == "norm":
+        return Lowered(g_out=g_out)
+    dtypes = ("f32", "f16", "bf16", "int8", "nf4")
+    kind, other = (dtypes[(s // 50 + i) % 5] for i in (0, 2))
+    terms: list[Term] = [
+        low_rank(s + 1, point, 3 + s % 7, kind, u_dtype=other, d=True, e=True),
+        sparse(s + 5, point, 0.05),
+        dense(s + 6, point, other, vectors=s % 100 == 0),
+        low_rank(s + 9, point, 17, "bf16", beyond=5),
+    ]
+    c = random(s + 14, point.out, scale=0.1)
+    if point.kind == "embedding":
+        return Lowered(tuple(terms), g_in=1 + random(s + 15, point.inner, scale=0.1), g_out=g_out, c=c)
+    a, b = (values[len(values) // 2] for values in (divisors(point.out), divisors(point.inner)))
+    terms.append(kronecker(s + 16, point, "bf16" if s % 100 else "f32", a, b))
+    return Lowered(
+        tuple(terms),
+        g_in=1 + random(s + 15, point.inner, scale=0.1),
+        rotation=rotation(s + 18, point.inner, b),
+        g_out=g_out,
+        scales_bias=s % 100 == 0,
+        c=c,
+    )
 
 
 @dataclass

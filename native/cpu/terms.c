@@ -1,0 +1,203 @@
+/* The terms of the adapter normal form (spec/adapters.md): what of each is prepared, and how the rest is added to rows
+ * of a product. A term without a prepared part reads the operation's input itself. */
+#include <string.h>
+
+#include "executable.h"
+
+enum { TOKENS_SPLIT = 4 };
+
+/* A term's result for a few tokens and rows, before e and before it is added. */
+typedef float part[TOKENS_AT_ONCE][BLOCK];
+
+/* Rows of m times x [n, x_stride], padded with zeros to 64, whatever the dtype. */
+static void multiply(const adrt_executable *e, const matrix *m, int64_t row0, int64_t n_rows, const float *x,
+                     int64_t x_stride, int64_t n, float *y, int64_t y_stride, float *scratch) {
+  const kernels *k = e->kernels;
+  int64_t padded = cpu_align(m->cols, BLOCK);
+  if (needs_decoding(m)) {
+    const matrix row = {.dtype = ADRT_F32, .rows = 1, .cols = padded, .data = (const uint8_t *)scratch};
+    memset(scratch, 0, (size_t)padded * sizeof *scratch);
+    for (int64_t r = 0; r < n_rows; r++) {
+      cpu_decode_row(m, row0 + r, scratch);
+      k->exact[ADRT_F32](&row, 0, 1, x, x_stride, n, y + r, y_stride);
+    }
+  } else if (m->dtype == ADRT_NF4) {
+    for (int64_t t = 0, count; t < n; t += count) {
+      count = n - t < TOKENS_SPLIT ? n - t : TOKENS_SPLIT;
+      for (int64_t i = 0; i < count; i++) k->split(x + (t + i) * x_stride, padded, scratch + i * padded);
+      k->exact[ADRT_NF4](m, row0, n_rows, scratch, padded, count, y + t * y_stride, y_stride);
+    }
+  } else {
+    k->exact[m->dtype](m, row0, n_rows, x, x_stride, n, y, y_stride);
+  }
+}
+
+/* scale * d * (V x), [count, rank]. */
+static void shrink(const adrt_executable *e, const instruction *in, const shrink_job *job, float *scratch) {
+  const term *t = job->what;
+  int64_t rank = t->v.rows, count = job->where->count;
+  float *hidden = e->plan.hidden + job->hidden + job->row0;
+  multiply(e, &t->v, job->row0, job->n_rows, row_of(e, in->op.a, job->where->start), e->strides[in->op.a], count,
+           hidden, rank, scratch);
+  for (int64_t i = 0; i < count; i++)
+    for (int64_t r = 0; r < job->n_rows; r++)
+      hidden[i * rank + r] *= t->d ? t->scale * t->d[job->row0 + r] : t->scale;
+}
+
+/* W2 times each of the b segments of x, of one token, for one panel of W2's rows: [b][16]. */
+static void multiply_segments(const adrt_executable *e, const term *t, const shrink_job *job, const float *x,
+                              float *out, float *scratch) {
+  int64_t b = t->w1.cols, d = t->v.cols, padded = cpu_align(d, BLOCK);
+  product_kernel *product = e->kernels->exact[t->v.dtype];
+  if (d == padded) {
+    product(&t->v, job->row0, job->n_rows, x, d, b, out, PANEL);
+    return;
+  }
+  memset(scratch, 0, (size_t)(TOKENS_SPLIT * padded) * sizeof *scratch);
+  for (int64_t j = 0, n; j < b; j += n) {
+    n = b - j < TOKENS_SPLIT ? b - j : TOKENS_SPLIT;
+    for (int64_t i = 0; i < n; i++) memcpy(scratch + i * padded, x + (j + i) * d, (size_t)d * sizeof *x);
+    product(&t->v, job->row0, job->n_rows, scratch, padded, n, out + j * PANEL, PANEL);
+  }
+}
+
+int64_t cpu_rows_to_prepare(const term *t) { return t->hidden ? t->v.rows : 0; }
+
+/* A panel for W2, whose result is one; many rows of nf4, for which x is reordered; else few. */
+int64_t cpu_rows_per_job(const term *t) { return t->kind == ADRT_KRONECKER || cpu_is_quantized(t->v.dtype) ? PANEL : 4; }
+
+void cpu_prepare_term(const adrt_executable *e, const instruction *in, const shrink_job *job, float *scratch) {
+  const term *t = job->what;
+  if (t->kind == ADRT_LOW_RANK) {
+    shrink(e, in, job, scratch);
+    return;
+  }
+  for (int64_t i = 0; i < job->where->count; i++) {
+    float *out = e->plan.hidden + job->hidden + i * t->hidden + job->row0 * t->w1.cols;
+    multiply_segments(e, t, job, row_of(e, in->op.a, job->where->start + i), out, scratch);
+  }
+}
+
+static void add_part(part p, const float *factor, float scale, int64_t count, int64_t n_rows, float *y,
+                     int64_t y_stride) {
+  for (int64_t t = 0; t < count; t++)
+    for (int64_t r = 0; r < n_rows; r++) y[t * y_stride + r] += (factor ? scale * factor[r] : scale) * p[t][r];
+}
+
+static const uint8_t *panel_of(const panels *u, int64_t row) {
+  return u->items + cpu_bytes_of(u->dtype, row / PANEL * u->stride);
+}
+
+/* Rows inside one block of 64 for few tokens: the scales of U's block go onto h. */
+static void expand_part(const adrt_executable *e, const panels *u, const float *hidden, int64_t count, int64_t row0,
+                        int64_t n_rows, part out, float *scratch) {
+  const float *scales = u->scales ? u->scales + row0 / BLOCK * u->rank : NULL;
+  for (int64_t t = 0; scales && t < count; t++)
+    for (int64_t k = 0; k < u->rank; k++) scratch[t * u->rank + k] = hidden[t * u->rank + k] * scales[k];
+  memset(out, 0, sizeof(part));
+  e->kernels->expand[u->dtype](panel_of(u, row0), u->stride, u->rank, n_rows, scales ? scratch : hidden, u->rank, count,
+                               out[0], BLOCK);
+}
+
+static void add_low_rank(const adrt_executable *e, const term *t, const float *hidden, int64_t count, int64_t row0,
+                         int64_t n_rows, float *y, int64_t y_stride, float *scratch) {
+  const panels *u = t->u;
+  if (!t->e && !u->scales) {
+    e->kernels->expand[u->dtype](panel_of(u, row0), u->stride, u->rank, n_rows, hidden, u->rank, count, y, y_stride);
+    return;
+  }
+  part p;
+  for (int64_t r = 0, rows; r < n_rows; r += rows) {
+    rows = BLOCK - (row0 + r) % BLOCK;
+    if (rows > n_rows - r) rows = n_rows - r;
+    for (int64_t i = 0, n; i < count; i += n) {
+      n = count - i < TOKENS_AT_ONCE ? count - i : TOKENS_AT_ONCE;
+      expand_part(e, u, hidden + i * u->rank, n, row0 + r, rows, p, scratch);
+      add_part(p, t->e ? t->e + row0 + r : NULL, 1.0f, n, rows, y + i * y_stride + r, y_stride);
+    }
+  }
+}
+
+/* U is the identity: V's rows are the output's. */
+static void add_dense(const adrt_executable *e, const term *t, const float *x, int64_t x_stride, int64_t count,
+                      int64_t row0, int64_t n_rows, float *y, int64_t y_stride, float *scratch) {
+  part p;
+  float factor[BLOCK];
+  for (int64_t r = 0, rows; r < n_rows; r += rows) {
+    rows = n_rows - r < BLOCK ? n_rows - r : BLOCK;
+    for (int64_t j = 0; j < rows; j++)
+      factor[j] = (t->d ? t->d[row0 + r + j] : 1.0f) * (t->e ? t->e[row0 + r + j] : 1.0f);
+    for (int64_t i = 0, n; i < count; i += n) {
+      n = count - i < TOKENS_AT_ONCE ? count - i : TOKENS_AT_ONCE;
+      multiply(e, &t->v, row0 + r, rows, x + i * x_stride, x_stride, n, p[0], BLOCK, scratch);
+      add_part(p, factor, t->scale, n, rows, y + i * y_stride + r, y_stride);
+    }
+  }
+}
+
+static void add_sparse(const term *t, const float *x, int64_t x_stride, int64_t count, int64_t row0, int64_t n_rows,
+                       float *y, int64_t y_stride) {
+  for (int64_t r = 0; r < n_rows; r++) {
+    for (int64_t i = 0; i < count; i++) {
+      const float *mine = x + i * x_stride;
+      float sum = 0;
+      for (int64_t k = t->row_start[row0 + r]; k < t->row_start[row0 + r + 1]; k++)
+        sum += t->values[k] * mine[t->columns[k]];
+      y[i * y_stride + r] += t->scale * sum;
+    }
+  }
+}
+
+/* Row i c + j of (W1 kron W2) x is row i of W1 times what W2's row j made of the segments of x. */
+static void add_kronecker(const adrt_executable *e, const term *t, const float *hidden, int64_t count, int64_t row0,
+                          int64_t n_rows, float *y, int64_t y_stride, float *scratch) {
+  int64_t c = t->v.rows, b = t->w1.cols;
+  part p;
+  for (int64_t r = 0, rows; r < n_rows; r += rows) {
+    int64_t inner = (row0 + r) % c, before = inner % PANEL;
+    rows = c - inner < BLOCK - before ? c - inner : BLOCK - before;
+    if (rows > n_rows - r) rows = n_rows - r;
+    cpu_decode_row(&t->w1, (row0 + r) / c, scratch);
+    for (int64_t i = 0; i < count; i++) {
+      memset(p[0], 0, sizeof p[0]);
+      e->kernels->expand[ADRT_F32](hidden + i * t->hidden + inner / PANEL * b * PANEL, b * PANEL, b, before + rows,
+                                   scratch, b, 1, p[0], BLOCK);
+      for (int64_t j = 0; j < rows; j++) y[i * y_stride + r + j] += t->scale * p[0][before + j];
+    }
+  }
+}
+
+void cpu_add_term(const adrt_executable *e, const instruction *in, const term *t, const segment *where,
+                  const float *hidden, int64_t row0, int64_t n_rows, float *y, int64_t y_stride, float *scratch) {
+  const float *x = in->plain + where->start * in->plain_stride;
+  if (t->kind == ADRT_SPARSE)
+    add_sparse(t, x, in->plain_stride, where->count, row0, n_rows, y, y_stride);
+  else if (t->kind == ADRT_KRONECKER)
+    add_kronecker(e, t, hidden, where->count, row0, n_rows, y, y_stride, scratch);
+  else if (t->u)
+    add_low_rank(e, t, hidden, where->count, row0, n_rows, y, y_stride, scratch);
+  else
+    add_dense(e, t, x, in->plain_stride, where->count, row0, n_rows, y, y_stride, scratch);
+}
+
+void cpu_add_embedded(const adrt_executable *e, const term *t, int32_t token, int64_t width, float *out,
+                      float *scratch) {
+  if (t->kind == ADRT_SPARSE) {
+    for (int64_t k = t->row_start[token]; k < t->row_start[token + 1]; k++)
+      out[t->columns[k]] += t->scale * t->values[k];
+    return;
+  }
+  for (int64_t r = 0; t->u && r < t->v.rows; r++)
+    scratch[r] = cpu_element(&t->v, r, token) * (t->d ? t->scale * t->d[r] : t->scale);
+  if (t->u) {
+    add_low_rank(e, t, scratch, 1, 0, width, out, 0, scratch + t->v.rows);
+    return;
+  }
+  for (int64_t r = 0; r < width; r++)
+    out[r] += cpu_element(&t->v, r, token) * t->scale * (t->d ? t->d[r] : 1.0f) * (t->e ? t->e[r] : 1.0f);
+}
+
+int64_t cpu_term_scratch(const adrt_executable *e) {
+  int64_t split = (TOKENS_SPLIT + 1) * e->slot_stride, scaled = (TOKENS_AT_ONCE + 1) * e->max_rank;
+  return split > scaled ? split : scaled;
+}
