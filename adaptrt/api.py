@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import cached_property
 from numbers import Real
 from pathlib import Path
@@ -56,7 +57,8 @@ def load(
 ) -> Model:
     """Open a model for inference; use it as a context manager or call `close()`.
 
-    `path` is an `.adrt` file or "demo", the built-in model; `threads` None takes every core this process may use.
+    `path` is an `.adrt` file or "demo", the built-in model; `backend` is a name, or a name and a device (`torch:cuda`,
+    `cuda:1`); `threads` None takes every core this process may use.
     Raises FormatError, ModelError or BackendError, each in one line.
     """
     if threads is not None and not 1 <= threads <= 1024:
@@ -71,24 +73,33 @@ def load(
     registry = registry or load_registry()
     file = open_file(DEMO if str(path) == "demo" else Path(path))
     try:
-        return Model(file, registry, choose_backend(registry, backend), options)
+        chosen, device = choose_backend(registry, backend)
+        return Model(file, registry, chosen, replace(options, device=device))
     except BaseException:
         file.close()
         raise
 
 
-def choose_backend(registry: Registry, name: str) -> Backend:
-    """The named backend, or for "auto" the first available one. Raises BackendError saying why there is none."""
-    if name == "auto":
-        return _first_available(registry)
+def choose_backend(registry: Registry, choice: str) -> tuple[Backend, str]:
+    """The backend and device that NAME or NAME:DEVICE names; for "auto" the first that is available.
+
+    Raises BackendError saying why there is none, or that the backend takes no device.
+    """
+    name, colon, device = choice.partition(":")
+    if choice == "auto":
+        return _first_available(registry), ""
     if name not in registry.backends:
         raise BackendError(
             f"backend {name!r}: not installed; installed: {', '.join(sorted(registry.backends))}"
         )
-    reason = registry.backends[name].unavailable()
+    backend = registry.backends[name]
+    if colon and not (device and getattr(backend, "takes_device", False)):
+        problem = f"takes no device, found {device!r}" if device else "no device after the colon"
+        raise BackendError(f"backend {name!r}: {problem}")
+    reason = backend.unavailable()
     if reason is not None:
         raise BackendError(f"backend {name!r}: unavailable: {reason}")
-    return registry.backends[name]
+    return backend, device
 
 
 def _first_available(registry: Registry) -> Backend:

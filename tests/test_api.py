@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from helpers.oracle import llama_folder, peft_folder
 
 import adaptrt
+from adaptrt.backends.base import LoadOptions
+from adaptrt.backends.reference import ReferenceBackend
 from adaptrt.convert.base import ConvertOptions
 from adaptrt.errors import (
     AdapterError,
@@ -23,6 +27,8 @@ from adaptrt.errors import (
     UnknownAdapterError,
 )
 from adaptrt.plugins import load_registry
+from adaptrt.program import Program
+from adaptrt.tensor import Tensor
 
 CONTEXT = 128
 PROMPT = [5, 6, 7, 8]
@@ -159,6 +165,16 @@ def test_closing_and_unloading_under_a_stream(model: adaptrt.Model) -> None:
         (lambda m, f: m.logits([1, 9999]), RequestError, "9999"),
         (lambda m, f: m.apply_chat_template([]), ModelError, "no chat template"),
         (lambda m, f: adaptrt.load(f["base"], backend="tpu"), BackendError, "tpu.*installed"),
+        (
+            lambda m, f: adaptrt.load(f["base"], backend="cpu:0"),
+            BackendError,
+            "'cpu': takes no device, .*'0'",
+        ),
+        (
+            lambda m, f: adaptrt.load(f["base"], backend="cpu:"),
+            BackendError,
+            "'cpu': no device after the colon",
+        ),
         (lambda m, f: adaptrt.load(f["base"], precision="exactly"), RequestError, "exactly"),
         (lambda m, f: adaptrt.load(f["base"], threads=0), RequestError, "threads"),
     ],
@@ -169,6 +185,27 @@ def test_refusals_name_the_thing(
     with pytest.raises(error, match=words) as caught:
         call(model, files)
     assert "\n" not in str(caught.value)
+
+
+class Chips(ReferenceBackend):
+    """A backend for several devices, which notes the one it was asked for."""
+
+    takes_device = True
+    device: str
+
+    def load(self, program: Program, tensors: Mapping[str, Tensor], options: LoadOptions) -> Any:
+        self.device = options.device
+        return super().load(program, tensors, options)
+
+
+@pytest.mark.parametrize(("choice", "device"), [("chips", ""), ("chips:1", "1"), ("chips:cuda:1", "cuda:1")])
+def test_a_backend_gets_the_device_after_the_first_colon(
+    files: dict[str, Path], choice: str, device: str
+) -> None:
+    chips = Chips()
+    registry = replace(load_registry(), backends={"chips": chips})
+    with adaptrt.load(files["base"], choice, registry=registry) as model:
+        assert chips.device == device and model.describe().startswith("reference")
 
 
 def test_f16_cache_is_close_to_f32(files: dict[str, Path]) -> None:

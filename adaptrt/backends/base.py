@@ -20,13 +20,18 @@ Precision = Literal["exact", "fast"]
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How to run a model. `threads` 0 means one per available core; `isa` forces a CPU kernel set (tests)."""
+    """How to run a model. `threads` 0 means one per available core; `isa` forces a CPU kernel set (tests).
+
+    `device` is what the user wrote after the backend's name and a colon (`cuda:1` → "1"), or empty: the backend
+    picks. Only a backend that sets `takes_device` is ever given one.
+    """
 
     threads: int = 0
     precision: Precision = "fast"
     kv_dtype: Literal["f16", "f32"] = "f16"
     page_tokens: int = 32
     isa: Literal["auto", "portable", "avx2", "avx512", "avx512_vnni"] = "auto"
+    device: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,10 @@ class Executable(Protocol):
 
 
 class Backend(Protocol):
-    """Something that runs Programs. Registered through the `adaptrt_backends` hook."""
+    """Something that runs Programs. Registered through the `adaptrt_backends` hook.
+
+    A backend for several devices has `takes_device = True` and reads LoadOptions.device.
+    """
 
     name: str
 

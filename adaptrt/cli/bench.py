@@ -127,8 +127,8 @@ def _subject(
     settings: Settings,
 ) -> Iterator[tuple[Subject, list[Work], float]]:
     """The loaded model, what to time on it, and the seconds from opening its file to a first token."""
-    backend = choose_backend(registry, loading.backend)
-    options = LoadOptions(threads=threads, precision=loading.precision)  # type: ignore[arg-type]
+    backend, device = choose_backend(registry, loading.backend)
+    options = LoadOptions(threads=threads, precision=loading.precision, device=device)  # type: ignore[arg-type]
     with ExitStack() as cleanup:
         started = time.perf_counter()
         file = cleanup.enter_context(open_file(path))

@@ -151,7 +151,13 @@ class Attached:
 loading_options = grouped(
     "loading",
     Loading,
-    click.option("--backend", default="auto", show_default=True, metavar="NAME", help="What runs the model."),
+    click.option(
+        "--backend",
+        default="auto",
+        show_default=True,
+        metavar="NAME[:DEVICE]",
+        help="What runs the model, and where.",
+    ),
     click.option("--threads", type=int, metavar="N", help="CPU threads.  [default: every core]"),
     click.option(
         "--precision",
