@@ -7,7 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.programs import (
+
+from adaptrt.backends.base import LoadOptions
+from adaptrt.backends.cpu import CpuBackend
+from adaptrt.backends.reference import ReferenceBackend
+from adaptrt.errors import BackendError
+from adaptrt.program import Attention, Gated, Rope
+from adaptrt.quant.plain import from_float32
+from adaptrt.testing.programs import (
+    DTYPES,
+    OPERATIONS,
     VOCABULARY,
     Model,
     Pages,
@@ -16,22 +25,15 @@ from helpers.programs import (
     adapter,
     batch,
     decoder,
+    linear_model,
+    operation_model,
     probe,
     random,
     relative_error,
     run_tokens,
-    weight,
 )
 
-from adaptrt.backends.base import LoadOptions
-from adaptrt.backends.cpu import CpuBackend
-from adaptrt.backends.reference import ReferenceBackend
-from adaptrt.errors import BackendError
-from adaptrt.program import Add, Attention, Gated, Linear, Norm, Rope, Scale
-from adaptrt.quant.plain import from_float32
-
 ISAS = ("portable", "avx2", "avx512", "avx512_vnni")
-DTYPES = ("f32", "f16", "bf16", "int8", "nf4")
 EXACT = 2e-6  # float32 sums of a few hundred products in another order
 FAST = {"nf4": 5e-4, "int8": 5e-4}  # 13-bit activations; the other dtypes have no fast kernel
 OPTIONS = LoadOptions(threads=2, precision="exact", page_tokens=4, kv_dtype="f32")
@@ -57,16 +59,6 @@ def compare(model: Model, tolerance: float, n_tokens: int = 7, **options: Any) -
     found = run_tokens(load(model, **options), tokens, page_tokens)
     expected = run_tokens(reference(model, **options), tokens, page_tokens)
     assert relative_error(found, expected, size=1.0) < tolerance
-
-
-def linear_model(rows: int, cols: int, dtype: str, bias: bool = False) -> Model:
-    tensors = {}
-    weight("w", rows, cols, dtype, tensors, seed=rows)
-    if bias:
-        tensors["b"] = from_float32(random(9, rows), "bf16")
-    return probe(
-        [Linear("out", "x", "w", "b" if bias else None, "w")], "out", {"x": cols, "out": rows}, tensors
-    )
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -99,31 +91,11 @@ def test_long_rows_and_offsets() -> None:
             compare(linear_model(17, cols, dtype), FAST[dtype], 9, isa="avx512_vnni", precision="fast")
 
 
-OPERATIONS = {
-    "norm": ([Norm("x", "x", "w", 1e-3)], "x", {"x": 77}, ("w", 1, 77)),
-    "silu": ([Gated("z", "x", "y", "silu")], "z", {"x": 77, "y": 77, "z": 77}, None),
-    "gelu": ([Gated("x", "x", "y", "gelu_tanh")], "x", {"x": 77, "y": 77}, None),
-    "add": ([Add("y", "x", "y")], "y", {"x": 77, "y": 77}, None),
-    "scale": ([Scale("x", "x", -2.5)], "x", {"x": 77}, None),
-    "cap": ([Scale("y", "x", 3.0, 2.0)], "y", {"x": 77, "y": 77}, None),
-    "linear in place": ([Linear("x", "x", "w", None, "w")], "x", {"x": 77}, ("w", 77, 77)),
-    "linears that depend": (
-        [Linear("y", "x", "w", None, "w"), Linear("x", "y", "w", None, "v")], "x", {"x": 77, "y": 77}, ("w", 77, 77)
-    ),
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operation(isa: str, name: str) -> None:
-    ops, out, widths, tensor = OPERATIONS[name]
-    tensors = {}
-    if tensor:
-        weight(*tensor, "f32", tensors)
-        if tensor[1] == 1:
-            tensors["w"] = from_float32(random(3, tensor[2]), "f32")
     for n_tokens in (1, 9):
-        compare(probe(list(ops), out, widths, tensors), EXACT, n_tokens, isa=isa)
+        compare(operation_model(name), EXACT, n_tokens, isa=isa)
 
 
 def test_gates_at_extreme_values() -> None:

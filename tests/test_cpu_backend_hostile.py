@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.programs import Run, adapter, batch, decoder, random, run_tokens
 
 from adaptrt.adapters.normal import Kronecker, Lowered, LowRank, Sparse, Term
 from adaptrt.backends.base import LoadOptions
@@ -20,6 +19,7 @@ from adaptrt.backends.cpu import CpuBackend
 from adaptrt.backends.native import ProgramStructs
 from adaptrt.errors import BackendError, ClosedError
 from adaptrt.quant.plain import from_float32
+from adaptrt.testing.programs import Run, adapter, batch, decoder, random, run_tokens
 
 OPTIONS = LoadOptions(threads=2, precision="exact", page_tokens=4)
 MODEL = decoder()
@@ -396,7 +396,7 @@ def test_random_attachments_never_crash(executable: Any, calls: Any) -> None:
 OUT_OF_MEMORY = """
 import resource, sys
 sys.path.insert(0, sys.argv[1])
-from helpers.programs import decoder, run_tokens
+from adaptrt.testing.programs import decoder, run_tokens
 from adaptrt.backends.base import LoadOptions
 from adaptrt.backends.cpu import CpuBackend
 model = decoder()

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers.programs import Pages, Run, Sizes, adapter, batch, decoder, everything
 
 from adaptrt.backends.base import Executable, LoadOptions
 from adaptrt.backends.cpu import CpuBackend
 from adaptrt.errors import BackendError
+from adaptrt.testing.programs import Pages, Run, Sizes, adapter, batch, decoder, everything
 
 OPTIONS = LoadOptions(threads=1, precision="exact", page_tokens=4)
 SEQUENCES = [[5, 9, 2, 30, 7, 7, 1, 22, 3, 14, 6], [1], [8, 8, 8, 8, 8], [3, 4], [12, 0, 19, 25, 2, 31, 6]]

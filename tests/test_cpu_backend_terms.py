@@ -11,7 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.programs import (
+
+from adaptrt.adapters.fit import AttachPoint
+from adaptrt.adapters.normal import Lowered
+from adaptrt.backends.base import LoadOptions
+from adaptrt.backends.cpu import CpuBackend
+from adaptrt.backends.reference import ReferenceBackend
+from adaptrt.errors import BackendError
+from adaptrt.program import Embed, Linear, Logits, Norm
+from adaptrt.quant.plain import from_float32
+from adaptrt.testing.programs import (
     VOCABULARY,
     Model,
     Pages,
@@ -33,16 +42,7 @@ from helpers.programs import (
     sparse,
     weight,
 )
-from helpers.programs import model as made
-
-from adaptrt.adapters.fit import AttachPoint
-from adaptrt.adapters.normal import Lowered
-from adaptrt.backends.base import LoadOptions
-from adaptrt.backends.cpu import CpuBackend
-from adaptrt.backends.reference import ReferenceBackend
-from adaptrt.errors import BackendError
-from adaptrt.program import Embed, Linear, Logits, Norm
-from adaptrt.quant.plain import from_float32
+from adaptrt.testing.programs import model as made
 
 ISAS = ("portable", "avx2", "avx512", "avx512_vnni")
 DTYPES = ("f32", "f16", "bf16", "int8", "nf4")
@@ -217,7 +217,7 @@ SHARED_PROJECTIONS = """
 import resource, sys
 import numpy as np
 sys.path.insert(0, sys.argv[1])
-from helpers.programs import probe, random, run_tokens
+from adaptrt.testing.programs import probe, random, run_tokens
 from adaptrt.adapters.normal import Lowered, LowRank
 from adaptrt.backends.base import LoadOptions
 from adaptrt.backends.cpu import CpuBackend

@@ -23,6 +23,7 @@ FLOORS = (
     {"api"},
     {"bench"},
     {"cli"},
+    {"testing"},
 )
 FLOOR = {package: number for number, packages in enumerate(FLOORS) for package in packages}
 FRONT = {"__init__", "__main__"}  # the front doors: they lead to every floor

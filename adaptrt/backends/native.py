@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from adaptrt.adapters.fit import AttachPoint
 from adaptrt.adapters.normal import Int32s, Kronecker, Lowered, LoweredAdapter, Sparse, Term, Vector
 from adaptrt.backends.base import Batch, LoadOptions, attach_points
+from adaptrt.backends.checks import check_lengths, int32s
 from adaptrt.errors import BackendError, ClosedError
 from adaptrt.program import Add, Attention, Embed, Gated, Linear, Norm, Op, Program, Rope, Scale
 from adaptrt.tensor import Tensor, rows_cols
@@ -334,31 +335,3 @@ def _rotation(
         raise BackendError(f"{name} rotation is {list(rotation.shape)}, expected [{inner}/b, b, b]")
     values = structs.pointer("float", np.ascontiguousarray(rotation, np.float32))
     return {"rotation": values, "rotation_block": block}
-
-
-def int32s(values: NDArray[np.int32]) -> NDArray[np.int32]:
-    """The values as a contiguous int32 array; raises BackendError when they do not fit."""
-    array = np.ascontiguousarray(values)
-    if array.dtype == np.int32:
-        return array
-    if array.dtype.kind not in "iu" or (array.size and not -(2**31) <= array.min() <= array.max() < 2**31):
-        raise BackendError(f"a batch array is {array.dtype}, expected values that fit into int32")
-    return array.astype(np.int32)
-
-
-def check_lengths(batch: Batch) -> None:
-    """Raise BackendError when an array is not as long as its indices say: C cannot see lengths."""
-    runs = len(batch.run_start) - 1
-    if runs < 0 or len(batch.page_start) != runs + 1 or len(batch.stack_start) != runs + 1:
-        raise BackendError(
-            f"run_start, page_start and stack_start have {len(batch.run_start)}, {len(batch.page_start)} and "
-            f"{len(batch.stack_start)} items, expected the number of runs + 1 in each"
-        )
-    wanted = (
-        ("positions", batch.positions, len(batch.tokens)),
-        ("pages", batch.pages, int(batch.page_start[-1])),
-        ("stacks", batch.stacks, int(batch.stack_start[-1])),
-    )
-    for name, array, length in wanted:
-        if len(array) != length:
-            raise BackendError(f"{name} has {len(array)} items, expected {length}")

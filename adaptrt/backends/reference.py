@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptrt.adapters.fit import FLOAT_DTYPES, AttachPoint, check_fit
+from adaptrt.adapters.fit import FLOAT_DTYPES, AttachPoint
 from adaptrt.adapters.normal import Kronecker, Lowered, LoweredAdapter, Sparse, Term
-from adaptrt.adapters.problems import Problems
 from adaptrt.backends.base import Batch, LoadOptions, attach_points
+from adaptrt.backends.checks import check_adapter
 from adaptrt.errors import BackendError
 from adaptrt.program import (
     Add,
@@ -85,12 +85,7 @@ class ReferenceExecutable:
 
     def attach(self, adapter: LoweredAdapter) -> int:
         """Keep the adapter; raises BackendError for an unknown target or a shape that does not fit."""
-        for target, lowered in adapter.items():
-            if target not in self.points:
-                raise BackendError(f"adapter target {target}: the program has no such attach point")
-            problems = Problems()
-            check_fit(lowered, self.points[target], problems)
-            problems.raise_for(f"adapter target {target}", BackendError)
+        check_adapter(adapter, self.points)
         handle, self.next_handle = self.next_handle, self.next_handle + 1
         self.adapters[handle] = adapter
         return handle

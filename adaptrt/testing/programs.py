@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,10 +16,13 @@ from adaptrt.quant.plain import from_float32
 from adaptrt.tensor import Tensor
 
 Floats = NDArray[np.float32]
+Constants = Mapping[str, Floats]
 VOCABULARY = 11
+DTYPES = ("f32", "f16", "bf16", "int8", "nf4")
 
 
 def random(seed: int, *shape: int, scale: float = 1.0) -> Floats:
+    """Normally distributed float32 values of a seed."""
     return (np.random.default_rng(seed).standard_normal(shape) * scale).astype(np.float32)
 
 
@@ -40,14 +43,21 @@ class Model:
     tensors: dict[str, Tensor]
 
 
-def model(ops: Iterable[Op], widths: dict[str, int], tensors: dict[str, Tensor], constants=None) -> Model:
+def model(
+    ops: Iterable[Op], widths: dict[str, int], tensors: dict[str, Tensor], constants: Constants | None = None
+) -> Model:
+    """A Program of these operations; the last one is Logits, its weight gives the vocabulary."""
     ops = tuple(ops)
-    head = tensors[ops[-1].weight]
-    return Model(Program(widths, ops, constants or {}, head.shape[0], 1024), tensors)
+    assert isinstance(ops[-1], Logits)
+    return Model(Program(widths, ops, constants or {}, tensors[ops[-1].weight].shape[0], 1024), tensors)
 
 
 def probe(
-    op_list: list[Op], out: str, widths: dict[str, int], tensors: dict[str, Tensor], constants=None
+    op_list: Sequence[Op],
+    out: str,
+    widths: dict[str, int],
+    tensors: dict[str, Tensor],
+    constants: Constants | None = None,
 ) -> Model:
     """Registers x, y, z are embedded from random tables; the logits are register `out` as it is."""
     embedded = [name for name in ("x", "y", "z") if name in widths]
@@ -61,8 +71,46 @@ def probe(
     return model(ops, widths, tables | tensors | {"identity": identity}, constants)
 
 
+OPERATIONS: Mapping[str, tuple[list[Op], str, dict[str, int], tuple[str, int, int] | None]] = {
+    # name: operations, output register, register widths, the weight if there is one
+    "norm": ([Norm("x", "x", "w", 1e-3)], "x", {"x": 77}, ("w", 1, 77)),
+    "silu": ([Gated("z", "x", "y", "silu")], "z", {"x": 77, "y": 77, "z": 77}, None),
+    "gelu": ([Gated("x", "x", "y", "gelu_tanh")], "x", {"x": 77, "y": 77}, None),
+    "add": ([Add("y", "x", "y")], "y", {"x": 77, "y": 77}, None),
+    "scale": ([Scale("x", "x", -2.5)], "x", {"x": 77}, None),
+    "cap": ([Scale("y", "x", 3.0, 2.0)], "y", {"x": 77, "y": 77}, None),
+    "linear in place": ([Linear("x", "x", "w", None, "w")], "x", {"x": 77}, ("w", 77, 77)),
+    "linears that depend": (
+        [Linear("y", "x", "w", None, "w"), Linear("x", "y", "w", None, "v")], "x", {"x": 77, "y": 77}, ("w", 77, 77)
+    ),
+}  # fmt: skip
+
+
+def operation_model(name: str) -> Model:
+    """One of OPERATIONS on random registers."""
+    ops, out, widths, shape = OPERATIONS[name]
+    tensors: dict[str, Tensor] = {}
+    if shape:
+        weight(*shape, "f32", tensors)
+        if shape[1] == 1:
+            tensors["w"] = from_float32(random(3, shape[2]), "f32")
+    return probe(ops, out, widths, tensors)
+
+
+def linear_model(rows: int, cols: int, dtype: str, bias: bool = False) -> Model:
+    """One linear layer `w` with a bfloat16 bias or none."""
+    tensors: dict[str, Tensor] = {}
+    weight("w", rows, cols, dtype, tensors, seed=rows)
+    if bias:
+        tensors["b"] = from_float32(random(9, rows), "bf16")
+    linear = Linear("out", "x", "w", "b" if bias else None, "w")
+    return probe([linear], "out", {"x": cols, "out": rows}, tensors)
+
+
 @dataclass(frozen=True)
 class Sizes:
+    """Sizes of a decoder."""
+
     width: int = 128
     heads: int = 4
     kv_heads: int = 2
@@ -112,6 +160,7 @@ def decoder(sizes: Sizes = Sizes(), dtype: str = "nf4", head: str = "int8", seed
 
 
 def weight(name: str, rows: int, cols: int, dtype: str, tensors: dict[str, Tensor], seed: int = 0) -> str:
+    """Add a random weight that keeps the size of what it multiplies; returns its name."""
     tensors[name] = from_float32(random(seed + 31 * len(tensors), rows, cols, scale=cols**-0.5), dtype)
     return name
 
@@ -129,9 +178,9 @@ def adapter(
             low_rank(s, point, rank, dtype),
             low_rank(s + 3, point, 2 * rank + 1, dtype, d=True),
         )
-        gains = {} if point.kind == "embedding" else {"g_in": 1 + random(s + 7, point.inner, scale=0.1)}
+        g_in = None if point.kind == "embedding" else 1 + random(s + 7, point.inner, scale=0.1)
         g_out, c = 1 + random(s + 8, point.out, scale=0.1), random(s + 9, point.out, scale=0.1)
-        lowered[target] = Lowered(terms, g_out=g_out, c=c, **gains)
+        lowered[target] = Lowered(terms, g_in=g_in, g_out=g_out, c=c)
     return lowered
 
 
@@ -160,12 +209,14 @@ def low_rank(
 
 
 def dense(seed: int, point: AttachPoint, dtype: str, beyond: int = 0, vectors: bool = False) -> LowRank:
+    """A dense change of the weight."""
     v = random(seed, point.out, point.inner + beyond, scale=0.3 * point.inner**-0.5)
     d, e = (1 + random(seed + i, point.out, scale=0.5) if vectors else None for i in (1, 2))
     return LowRank(None, from_float32(v, dtype), -0.7, d, e)
 
 
 def sparse(seed: int, point: AttachPoint, density: float) -> Sparse:
+    """Changes of about this share of the weight's entries."""
     rng = np.random.default_rng(seed)
     filled = rng.random(point.weight_shape) < density
     values = random(seed, int(filled.sum()), scale=0.5 * (1 + density * point.inner) ** -0.5)
@@ -174,6 +225,7 @@ def sparse(seed: int, point: AttachPoint, density: float) -> Sparse:
 
 
 def kronecker(seed: int, point: AttachPoint, dtype: str, a: int, b: int) -> Kronecker:
+    """W1 [a, b] and the W2 that completes the attach point."""
     w1 = from_float32(random(seed, a, b, scale=b**-0.5), dtype)
     w2 = from_float32(
         random(seed + 1, point.out // a, point.inner // b, scale=0.3 * (point.inner // b) ** -0.5), dtype
@@ -182,10 +234,12 @@ def kronecker(seed: int, point: AttachPoint, dtype: str, a: int, b: int) -> Kron
 
 
 def divisors(n: int) -> list[int]:
+    """Every divisor, rising."""
     return [i for i in range(1, n + 1) if n % i == 0]
 
 
 def rotation(seed: int, inner: int, block: int) -> Floats:
+    """A map of the input near the identity, [inner / block, block, block]."""
     return np.eye(block, dtype=np.float32) + random(
         seed, inner // block, block, block, scale=0.3 * block**-0.5
     )
@@ -200,11 +254,11 @@ def everything(made: Model, seed: int) -> LoweredAdapter:
 
 
 def everything_at(s: int, point: AttachPoint) -> Lowered:
+    """Every part that an attach point of this kind takes."""
     g_out = 1 + random(s, point.out, scale=0.1)
     if point.kind == "norm":
         return Lowered(g_out=g_out)
-    dtypes = ("f32", "f16", "bf16", "int8", "nf4")
-    kind, other = (dtypes[(s // 50 + i) % 5] for i in (0, 2))
+    kind, other = (DTYPES[(s // 50 + i) % 5] for i in (0, 2))
     terms: list[Term] = [
         low_rank(s + 1, point, 3 + s % 7, kind, u_dtype=other, d=True, e=True),
         sparse(s + 5, point, 0.05),
@@ -249,10 +303,13 @@ class Pages:
         self.free = np.random.default_rng(5).permutation(self.n_pages).tolist()
 
     def take(self, n_tokens: int) -> list[int]:
+        """Pages for a sequence of n_tokens."""
         return [self.free.pop() for _ in range(-(-n_tokens // self.page_tokens))]
 
 
 def batch(runs: Sequence[Run]) -> Batch:
+    """The runs as one step."""
+
     def starts(lengths: Iterable[int]) -> NDArray[np.int32]:
         return np.cumsum([0, *lengths], dtype=np.int32)
 

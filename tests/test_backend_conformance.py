@@ -1,0 +1,18 @@
+"""The backend conformance kit, on the backends that live here."""
+
+from __future__ import annotations
+
+from adaptrt_torch import TorchBackend
+
+from adaptrt.backends.cpu import CpuBackend
+from adaptrt.testing import BackendConformance
+
+
+class TestCpu(BackendConformance):
+    backend = CpuBackend()
+
+
+class TestTorch(BackendConformance):
+    backend = TorchBackend()
+    device = "cpu"
+    independence = 1e-5  # torch picks its kernels by the batch's shape
