@@ -25,7 +25,7 @@ COMMANDS = {  # name → one-line help; `adaptrt --help` imports nothing else
     "adapter": "Add, remove or list the adapters inside a file.",
     "pack": "Put a base and adapters into one new file.",
     "bench": "Measure speed against memory bandwidth.",
-    "plugins": "List what is installed.",
+    "plugins": "List what is installed, or start a plugin of your own.",
 }
 
 

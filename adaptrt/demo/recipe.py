@@ -338,7 +338,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, total, peak)
         loss = loss_of(rows)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -356,7 +356,7 @@ def held_out_loss(model: nn.Module, stream: Stream) -> float:
     loss_of = loss_function(model, compiled=False)
     count = len(stream.held_out) // 257
     rows = stream.held_out[: count * 257].view(count, 257)
-    losses = [loss_of(part) * len(part) for part in rows.split(16)]  # type: ignore[no-untyped-call]
+    losses = [loss_of(part) * len(part) for part in rows.split(16)]
     return float(sum(losses)) / count
 
 

@@ -45,8 +45,9 @@ def tiny_base(path: Path, architecture: Architecture) -> BaseView:
     return BaseView(open_file(path), architecture)
 
 
-def write_peft(path: Path, config: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> Path:
+def write_peft(path: Path | str, config: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> Path:
     """An adapter folder as PEFT writes it: adapter_config.json and adapter_model.safetensors."""
+    path = Path(path)
     path.mkdir(parents=True)
     (path / "adapter_config.json").write_text(json.dumps(config))
     header: dict[str, Any] = {}
