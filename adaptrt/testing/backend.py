@@ -110,7 +110,12 @@ class BackendConformance:
 
     def options(self, precision: str = "exact", **options: Any) -> LoadOptions:
         """Small pages, and keys and values in float32 unless a test says otherwise."""
-        given: dict[str, Any] = {"page_tokens": PAGE_TOKENS, "kv_dtype": "f32", "device": self.device}
+        given: dict[str, Any] = {
+            "page_tokens": PAGE_TOKENS,
+            "kv_dtype": "f32",
+            "device": self.device,
+            "threads": 1,
+        }
         return LoadOptions(**given | {"precision": precision} | options)
 
     def error(self, model: Model, precision: str, work: Work, size: float = 0.0, **options: Any) -> float:
