@@ -103,7 +103,10 @@ class VariantConformance:
         )
 
     def names(self, module: Module) -> Mapping[str, str]:
-        """Role → suffix or shared key in the folder; override it when `resolve` must see tensors."""
+        """Role → suffix after the module's path, or shared key (`base_model.…`).
+
+        Override it when `resolve` has to look at tensors: here it sees a module without any.
+        """
         return self.variant.resolve(self.config, module, Problems())[1]
 
     # What the tests are made of

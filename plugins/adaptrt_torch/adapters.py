@@ -35,8 +35,10 @@ class Effect:
         self.g_out = _table([m.g_out if m else None for m in members], 1.0, device)
         self.bias_gain = _table(bias_gains, 1.0, device)
         self.c = _table([m.c if m else None for m in members], 0.0, device)
-        self.rotations = _groups([m.rotation if m else None for m in members], _rotation_key)
-        self.rotation = [torch.from_numpy(np.stack(elements)).to(device) for elements, _ in self.rotations]
+        self.rotations = [  # [elements, in / b, b, b], and the element of each member
+            (torch.from_numpy(np.stack(elements)).to(device), element_of)
+            for elements, element_of in _groups([m.rotation if m else None for m in members], _rotation_key)
+        ]
         most = max(len(m.terms) if m else 0 for m in members)
         columns: list[list[Term | None]] = [
             [m.terms[j] if m and j < len(m.terms) else None for m in members] for j in range(most)
@@ -51,7 +53,7 @@ class Effect:
         """x [tokens, in] after the gains and rotations."""
         if self.g_in is not None:
             x = x * self.g_in[level.members[:-1]]
-        for (_, element_of), blocks in zip(self.rotations, self.rotation, strict=True):
+        for blocks, element_of in self.rotations:
             rows = level.grouped(element_of)
             padded = _padded(x)
             n, b = blocks.shape[1:3]

@@ -41,8 +41,12 @@ def translated(what: str) -> Iterator[None]:
 def find_device(name: str) -> torch.device:
     """The named device, or the best there is. Raises BackendError when torch lacks it."""
     if not name:
-        kinds = (kind for kind in ("cuda", "xpu", "mps") if getattr(torch, kind).is_available())
-        return torch.device(next(kinds, "cpu"))
+        found = {
+            "cuda": torch.cuda.is_available(),
+            "xpu": torch.xpu.is_available(),
+            "mps": torch.backends.mps.is_available(),
+        }
+        return torch.device(next((kind for kind, there in found.items() if there), "cpu"))
     with translated(f"device {name!r}"):
         device = torch.device(name)
         if device.type not in DEVICES:

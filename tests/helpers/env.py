@@ -22,6 +22,7 @@ class Env:
 
     def run(self, script: str, cwd: Path) -> str:
         """What the lines print; fails with all of it when one of them fails."""
+        # pip takes any value of the second for "no isolation", even 0: it builds with the setuptools that is here
         offline = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
         environment = os.environ | offline | {"PATH": f"{self._bin}{os.pathsep}{os.environ['PATH']}"}
         environment.pop("PYTHONPATH", None)
