@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -107,8 +107,18 @@ def compare(
     errors["mixed batch"] = max(
         relative_error(found, expected[name][: len(found)]) for name, found in zip(stacks, rows, strict=True)
     )
-    model.unload_adapter("variant")
     return errors
+
+
+@contextmanager
+def loaded(model: adaptrt.Model, folder: Path, variant: str) -> Iterator[None]:
+    """The folder's adapter loaded as "variant", taken by the variant of this name."""
+    model.load_adapter(folder, name="variant")
+    try:
+        assert model.adapters["variant"].variant == variant
+        yield
+    finally:
+        model.unload_adapter("variant")
 
 
 def mixed_batch(model: adaptrt.Model, requests: Sequence[tuple[list[int], Stack]]) -> list[Logits]:
@@ -145,10 +155,8 @@ def test_every_option_means_what_it_means_in_peft(parity: Parity, name: str) -> 
     expected = parity.oracle.logits(IDS, parity.oracle.single(folder))
     assert relative_error(expected, parity.plain) > MOVES / 10
     for model in parity.backends.values():
-        model.load_adapter(folder, name="variant")
-        assert model.adapters["variant"].variant == OPTIONS[name].variant
-        assert relative_error(model.logits(IDS, "variant"), expected) <= LIMIT
-        model.unload_adapter("variant")
+        with loaded(model, folder, OPTIONS[name].variant):
+            assert relative_error(model.logits(IDS, "variant"), expected) <= LIMIT
 
 
 TABLE = re.compile(r"(?<=<!-- parity -->\n).*?(?=<!-- /parity -->)", re.DOTALL)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import gcd, prod
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,11 @@ from adaptrt.model.architecture import Architecture, TensorSpec
 from adaptrt.program import Embed, Linear, Logits, Norm, Program
 from adaptrt.quant import int8, nf4
 from adaptrt.quant.plain import to_float32
-from adaptrt.tensor import Nf4Layout, Tensor, tensor_nbytes
+from adaptrt.tensor import BLOCK, NESTED_BLOCK, Nf4Layout, Tensor, tensor_nbytes
 
 SECTION = "base"
 DIGEST_DIGITS = 16  # of a tensor's SHA-256, in the record an adapter keeps of its base
+BLOCK_VALUES = 1 << 22  # weights that `row_blocks` dequantizes at a time, about
 
 _KINDS = {Embed: "embedding", Norm: "norm", Linear: "linear", Logits: "head"}
 
@@ -47,7 +48,18 @@ class BaseTarget:
     def first_rows(self, rows: int) -> NDArray[np.float32]:
         """The first rows of the weight, leaving the others alone; `rows` is a multiple of 64 or all."""
         tensor = self.file.tensor(SECTION, self.weight_name)
-        return to_float32(_first_rows(tensor, min(rows, self.shape[0])))
+        return to_float32(_rows(tensor, 0, min(rows, self.shape[0])))
+
+    def row_blocks(self) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+        """The weight, dequantized a few rows at a time: (which rows, their values)."""
+        tensor = self.file.tensor(SECTION, self.weight_name)
+        rows, cols = self.shape
+        whole = BLOCK * NESTED_BLOCK  # a run of rows must start where an nf4 tensor's nested group does
+        step = whole // gcd(cols, whole)
+        step *= max(1, BLOCK_VALUES // (step * cols))
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            yield slice(start, stop), to_float32(_rows(tensor, start, stop))
 
 
 class BaseView:
@@ -137,23 +149,25 @@ def _targets(file: File, architecture: Architecture, program: Program) -> list[B
     return found
 
 
-def _first_rows(tensor: Tensor, rows: int) -> Tensor:
-    shape = (rows, tensor.shape[1])
-    if rows == tensor.shape[0]:
-        return tensor
+def _rows(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """Some rows of a matrix, in its dtype; those of an nf4 tensor start a nested group and end a block or all."""
+    cols = tensor.shape[1]
+    shape = (stop - start, cols)
     if tensor.dtype == "nf4":
-        whole, layout = nf4.parts(tensor), Nf4Layout(prod(shape))
+        whole, first, layout = nf4.parts(tensor), start * cols // BLOCK, Nf4Layout(prod(shape))
+        group = first // NESTED_BLOCK
         kept = nf4.Nf4Parts(
-            whole.codes[: layout.code_bytes],
-            whole.absmax[: layout.blocks],
-            whole.nested[: layout.nested_blocks],
+            whole.codes[start * cols // 2 :][: layout.code_bytes],
+            whole.absmax[first : first + layout.blocks],
+            whole.nested[group : group + layout.nested_blocks],
             whole.offset,
         )
         return nf4.assemble(shape, kept)
     if tensor.dtype == "int8":
-        head = Tensor("int8", shape, np.zeros(tensor_nbytes("int8", shape), np.uint8))
+        some = Tensor("int8", shape, np.zeros(tensor_nbytes("int8", shape), np.uint8))
         part = int8.parts(tensor)
-        int8.parts(head).codes[:] = part.codes[:rows]
-        int8.parts(head).scales[:] = part.scales[:rows]
-        return head
-    return Tensor(tensor.dtype, shape, tensor.data[: tensor_nbytes(tensor.dtype, shape)])
+        int8.parts(some).codes[:] = part.codes[start:stop]
+        int8.parts(some).scales[:] = part.scales[start:stop]
+        return some
+    row_bytes = tensor_nbytes(tensor.dtype, (1, cols))
+    return Tensor(tensor.dtype, shape, tensor.data[start * row_bytes : stop * row_bytes])

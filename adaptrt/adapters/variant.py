@@ -7,7 +7,7 @@ A new method is one subclass, published through the `adaptrt_variants` hook; it 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -36,6 +36,9 @@ class BaseWeight(Protocol):
 
     def weight(self) -> NDArray[np.float32]:
         """The weight as the kernels see it: dequantized, float32, of `shape`; a norm's is its diagonal [width]."""
+
+    def row_blocks(self) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+        """The weight of anything but a norm, dequantized a few rows at a time: (which rows, their values)."""
 
     def bias(self) -> NDArray[np.float32] | None:
         """The base bias [out], if it has one."""
@@ -91,6 +94,14 @@ class Module:
         self.discarded[suffix] = reason
 
 
+@dataclass(frozen=True)
+class Folder:
+    """A whole PEFT folder: its adapted modules' base weights by module path, and the keys of no module."""
+
+    modules: Mapping[str, BaseWeight]
+    shared: Collection[str]
+
+
 class Variant(ABC):
     """An adapter method. Stateless: one instance serves every adapter.
 
@@ -113,6 +124,13 @@ class Variant(ABC):
     def check_config(self, config: Mapping[str, Any], problems: Problems) -> None:
         """Honour or refuse, by name, every option of the config; one that no rule knows must be at rest."""
         check_options(config, {**COMMON_OPTIONS, **self.options}, problems)
+
+    def complete(self, config: Mapping[str, Any], folder: Folder, problems: Problems) -> Mapping[str, Tensor]:
+        """Shared tensors that the folder leaves out, computed from the config; called once, before `resolve`.
+
+        They are used, checked and stored as if the folder had held them.
+        """
+        return {}
 
     @abstractmethod
     def resolve(self, config: Mapping[str, Any], module: Module, problems: Problems) -> tuple[Params, Roles]:

@@ -19,7 +19,7 @@ from adaptrt.adapters.lora import other_methods
 from adaptrt.adapters.problems import Problems, brief
 from adaptrt.adapters.stack import lower
 from adaptrt.adapters.storage import check_name, write_adapter
-from adaptrt.adapters.variant import Adapter, Module, Target, Variant
+from adaptrt.adapters.variant import Adapter, Folder, Module, Target, Variant
 from adaptrt.convert.base import ConvertOptions, Progress
 from adaptrt.convert.files import open_regular, parse_object, read_exactly
 from adaptrt.convert.safetensors import SafetensorsFile, open_safetensors
@@ -210,6 +210,11 @@ class _Content:
             self._loaded[key] = self.file.tensor(key)
         return self._loaded[key]
 
+    def add(self, key: str, tensor: Tensor) -> None:
+        """Take a tensor of no module that the file does not hold."""
+        self.shared[key] = key
+        self._loaded[key] = tensor
+
     def targets(self) -> list[Target]:
         """What was resolved, in the base's order of modules."""
         return [
@@ -276,6 +281,10 @@ def _check_tying(content: _Content, base: BaseView, problems: Problems) -> None:
 
 def _take_targets(config: Mapping[str, Any], variant: Variant, content: _Content, problems: Problems) -> None:
     """Let the variant resolve each module and refuse what is missing or left over."""
+    adapted = {path: part.base for path, part in content.parts.items() if part.keys}
+    for key, tensor in variant.complete(config, Folder(adapted, content.shared), problems).items():
+        content.add(key, tensor)
+        content.notes.append(f"{key} is not in the folder; variant {variant.name} computed it")
     shared = _Lazy(content, content.shared)
     used: set[str] = set()
     for path, part in content.parts.items():

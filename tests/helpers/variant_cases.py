@@ -12,7 +12,16 @@ from functools import partial
 from typing import Any, Literal
 
 from helpers.oracle import LINEARS
-from peft import LoraConfig, PeftConfig
+from peft import (
+    AdaLoraConfig,
+    DeloraConfig,
+    HRAConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    PeftConfig,
+    VeraConfig,
+)
 
 # How PEFT, or torch by hand, says what "stacked after a LoRA" means (tests/helpers/variant_oracle.py):
 #   active  several active adapters of one PeftModel
@@ -46,17 +55,97 @@ def case(
     )
 
 
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+NORMS = ["input_layernorm", "post_attention_layernorm", "model.norm"]
+ENDS = ["embed_tokens", "lm_head"]
+GAIN = {"ia3_l": 0.4, "ln_tuning": 0.4}
+MAGNITUDE = {"magnitude": 0.4}
+LAMBDAS = {"lambda": 0.4}
+EIGENVALUES = {"lora_E": 1.0}
+
 # The rows of the parity table in spec/adapters.md: single, scaled, stacked and in a mixed batch.
 CASES: dict[str, VariantCase] = {
     "LoRA": case("lora", LoraConfig, "active", r=4, lora_alpha=8),
     "rsLoRA": case("rslora", LoraConfig, "active", r=16, lora_alpha=4, use_rslora=True),
+    "DoRA": case("dora", LoraConfig, "active", MAGNITUDE, r=4, lora_alpha=8, use_dora=True),
+    "DoRA, rsLoRA": case(
+        "dora", LoraConfig, "active", MAGNITUDE, r=16, lora_alpha=4, use_dora=True, use_rslora=True
+    ),
+    "VeRA": case("vera", VeraConfig, noise=LAMBDAS, r=16),
+    "AdaLoRA": case("adalora", AdaLoraConfig, "mixed", EIGENVALUES, init_r=4, lora_alpha=8, total_step=10),
+    "IA3": case("ia3", IA3Config, noise=GAIN, target_modules=ATTENTION, feedforward_modules=[]),
+    "IA3, feed-forward": case("ia3", IA3Config, "beside", GAIN, feedforward_modules=LINEARS),
+    "HRA": case("hra", HRAConfig, "beside", r=4),
+    "HRA, Gram-Schmidt": case("hra", HRAConfig, "beside", r=4, apply_GS=True),
+    "DeLoRA": case("delora", DeloraConfig, r=4, delora_lambda=6),
+    "LN tuning": case("ln_tuning", LNTuningConfig, noise=GAIN, target_modules=NORMS),
 }
 
 # Other ranks, patterns and options: compared with PEFT once, alone, and not in the table.
 OPTIONS: dict[str, VariantCase] = {
     "LoRA, rank 256": case("lora", LoraConfig, r=256, lora_alpha=32),
     "LoRA, one module": case("lora", LoraConfig, target_modules=["k_proj"], layers_to_transform=[1]),
-    "LoRA, embedding and head": case(
-        "lora", LoraConfig, target_modules=["embed_tokens", "lm_head", "q_proj"]
+    "LoRA, embedding and head": case("lora", LoraConfig, target_modules=[*ENDS, "q_proj"]),
+    **{f"DoRA, rank {r}": case("dora", LoraConfig, noise=MAGNITUDE, r=r, use_dora=True) for r in (1, 3, 256)},
+    "DoRA, embedding and head": case(
+        "dora", LoraConfig, noise=MAGNITUDE, target_modules=[*ENDS, "q_proj"], use_dora=True
     ),
+    "DoRA, patterns": case(
+        "dora",
+        LoraConfig,
+        noise=MAGNITUDE,
+        use_dora=True,
+        use_rslora=True,
+        rank_pattern={"q_proj": 3, r".*\.1\.mlp\.up_proj": 5},
+        alpha_pattern={"v_proj": 2},
+    ),
+    "DoRA, biases, fan_in_fan_out": case(
+        "dora", LoraConfig, noise=MAGNITUDE, use_dora=True, bias="all", fan_in_fan_out=True
+    ),
+    **{f"VeRA, rank {r}": case("vera", VeraConfig, noise=LAMBDAS, r=r) for r in (1, 3, 256)},
+    "VeRA, projections not saved": case(
+        "vera",
+        VeraConfig,
+        noise=LAMBDAS,
+        r=16,
+        save_projection=False,
+        projection_prng_key=-7,
+        bias="vera_only",
+    ),
+    "VeRA, one module and the head": case(
+        "vera", VeraConfig, noise=LAMBDAS, r=16, target_modules=["lm_head", "layers.1.mlp.down_proj"]
+    ),
+    **{
+        f"AdaLoRA, rank {r}": case(
+            "adalora", AdaLoraConfig, noise=EIGENVALUES, init_r=r, lora_alpha=8, total_step=10
+        )
+        for r in (1, 3, 256)
+    },
+    "AdaLoRA, pruned": case(
+        "adalora",
+        AdaLoraConfig,
+        noise=EIGENVALUES,
+        init_r=4,
+        lora_alpha=0,
+        total_step=10,
+        target_modules=["q_proj"],
+        rank_pattern={
+            "model.layers.0.self_attn.q_proj.lora_E": [True, False, True, True],
+            "model.layers.1.self_attn.q_proj.lora_E": [False] * 4,
+        },
+    ),
+    "IA3, as PEFT chooses, and the head": case(
+        "ia3",
+        IA3Config,
+        noise=GAIN,
+        target_modules=["k_proj", "v_proj", "down_proj", "lm_head"],
+        feedforward_modules=["down_proj"],
+    ),
+    **{f"HRA, rank {r}": case("hra", HRAConfig, r=r) for r in (1, 3, 256)},
+    "HRA, head, biases": case("hra", HRAConfig, r=2, target_modules=["lm_head", "q_proj"], bias="hra_only"),
+    **{f"DeLoRA, rank {r}": case("delora", DeloraConfig, r=r) for r in (1, 3, 256)},
+    "DeLoRA, patterns": case(
+        "delora", DeloraConfig, r=2, rank_pattern={"q_proj": 3}, lambda_pattern={"k_proj": 4}, bias="all"
+    ),
+    "LN tuning, one": case("ln_tuning", LNTuningConfig, noise=GAIN, target_modules=["model.norm"]),
 }
