@@ -24,7 +24,7 @@ from adaptrt.engine.scheduler import Sequence as Running
 from adaptrt.engine.scheduler import Slice, build_batch
 
 SPEC = Path(__file__).parents[1] / "spec" / "adapters.md"
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "cpu")
 LIMIT = 1e-4
 MOVES = 0.03  # what an adapter must change at least, or the limit means nothing
 IDS = np.random.default_rng(0).integers(0, 131, 24).tolist()
@@ -97,13 +97,14 @@ def compare(
     model: adaptrt.Model, folder: Path, variant: str, expected: dict[str, Logits]
 ) -> dict[str, float]:
     """Relative logit errors of one backend, by column."""
-    model.load_adapter(folder, name="variant")
-    assert model.adapters["variant"].variant == variant
-    errors = {
-        name: relative_error(model.logits(IDS, stack), expected[name]) for name, stack in STACKS.items()
-    }
     stacks = {**STACKS, "plain": [], "lora": [("lora", 1.0)]}
-    rows = mixed_batch(model, [(IDS[:n], stack) for n, stack in zip(LENGTHS, stacks.values(), strict=True)])
+    with loaded(model, folder, variant):
+        errors = {
+            name: relative_error(model.logits(IDS, stack), expected[name]) for name, stack in STACKS.items()
+        }
+        rows = mixed_batch(
+            model, [(IDS[:n], stack) for n, stack in zip(LENGTHS, stacks.values(), strict=True)]
+        )
     errors["mixed batch"] = max(
         relative_error(found, expected[name][: len(found)]) for name, found in zip(stacks, rows, strict=True)
     )

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import gcd, prod
 from typing import Any
 
 import numpy as np
@@ -14,13 +13,11 @@ from adaptrt.errors import ModelError
 from adaptrt.format import File
 from adaptrt.model.architecture import Architecture, TensorSpec
 from adaptrt.program import Embed, Linear, Logits, Norm, Program
-from adaptrt.quant import int8, nf4
-from adaptrt.quant.plain import to_float32
-from adaptrt.tensor import BLOCK, NESTED_BLOCK, Nf4Layout, Tensor, tensor_nbytes
+from adaptrt.quant.plain import rows_to_float32, to_float32
+from adaptrt.tensor import Tensor
 
 SECTION = "base"
 DIGEST_DIGITS = 16  # of a tensor's SHA-256, in the record an adapter keeps of its base
-BLOCK_VALUES = 1 << 22  # weights that `row_blocks` dequantizes at a time, about
 
 _KINDS = {Embed: "embedding", Norm: "norm", Linear: "linear", Logits: "head"}
 
@@ -45,21 +42,9 @@ class BaseTarget:
         """The bias [out], if the base has one."""
         return None if self.bias_name is None else to_float32(self.file.tensor(SECTION, self.bias_name))
 
-    def first_rows(self, rows: int) -> NDArray[np.float32]:
-        """The first rows of the weight, leaving the others alone; `rows` is a multiple of 64 or all."""
-        tensor = self.file.tensor(SECTION, self.weight_name)
-        return to_float32(_rows(tensor, 0, min(rows, self.shape[0])))
-
-    def row_blocks(self) -> Iterator[tuple[slice, NDArray[np.float32]]]:
-        """The weight, dequantized a few rows at a time: (which rows, their values)."""
-        tensor = self.file.tensor(SECTION, self.weight_name)
-        rows, cols = self.shape
-        whole = BLOCK * NESTED_BLOCK  # a run of rows must start where an nf4 tensor's nested group does
-        step = whole // gcd(cols, whole)
-        step *= max(1, BLOCK_VALUES // (step * cols))
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            yield slice(start, stop), to_float32(_rows(tensor, start, stop))
+    def rows(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows start … stop - 1 of the weight."""
+        return rows_to_float32(self.file.tensor(SECTION, self.weight_name), start, stop)
 
 
 class BaseView:
@@ -147,27 +132,3 @@ def _targets(file: File, architecture: Architecture, program: Program) -> list[B
             bias = op.bias if isinstance(op, Linear | Logits) else None
             found.append(BaseTarget(op.target, module, _KINDS[type(op)], (rows, cols), op.weight, bias, file))
     return found
-
-
-def _rows(tensor: Tensor, start: int, stop: int) -> Tensor:
-    """Some rows of a matrix, in its dtype; those of an nf4 tensor start a nested group and end a block or all."""
-    cols = tensor.shape[1]
-    shape = (stop - start, cols)
-    if tensor.dtype == "nf4":
-        whole, first, layout = nf4.parts(tensor), start * cols // BLOCK, Nf4Layout(prod(shape))
-        group = first // NESTED_BLOCK
-        kept = nf4.Nf4Parts(
-            whole.codes[start * cols // 2 :][: layout.code_bytes],
-            whole.absmax[first : first + layout.blocks],
-            whole.nested[group : group + layout.nested_blocks],
-            whole.offset,
-        )
-        return nf4.assemble(shape, kept)
-    if tensor.dtype == "int8":
-        some = Tensor("int8", shape, np.zeros(tensor_nbytes("int8", shape), np.uint8))
-        part = int8.parts(tensor)
-        int8.parts(some).codes[:] = part.codes[start:stop]
-        int8.parts(some).scales[:] = part.scales[start:stop]
-        return some
-    row_bytes = tensor_nbytes(tensor.dtype, (1, cols))
-    return Tensor(tensor.dtype, shape, tensor.data[start * row_bytes : stop * row_bytes])

@@ -19,6 +19,8 @@ from adaptrt.adapters.options import COMMON_OPTIONS, Rule, check_options
 from adaptrt.adapters.problems import Problems
 from adaptrt.tensor import Tensor
 
+BLOCK_VALUES = 1 << 22  # weights that `row_blocks` dequantizes at a time, about
+
 Params = Mapping[str, float | int | str | bool]
 Roles = Mapping[str, str]
 
@@ -37,11 +39,20 @@ class BaseWeight(Protocol):
     def weight(self) -> NDArray[np.float32]:
         """The weight as the kernels see it: dequantized, float32, of `shape`; a norm's is its diagonal [width]."""
 
-    def row_blocks(self) -> Iterator[tuple[slice, NDArray[np.float32]]]:
-        """The weight of anything but a norm, dequantized a few rows at a time: (which rows, their values)."""
+    def rows(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows start … stop - 1 of the weight, the others left alone; not for a norm."""
 
     def bias(self) -> NDArray[np.float32] | None:
         """The base bias [out], if it has one."""
+
+
+def row_blocks(base: BaseWeight) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+    """The weight of anything but a norm, dequantized a few rows at a time: (which rows, their values)."""
+    rows, cols = base.shape
+    step = max(1, BLOCK_VALUES // cols)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        yield slice(start, stop), base.rows(start, stop)
 
 
 @dataclass(frozen=True)

@@ -258,7 +258,7 @@ def _frozen_problem(file: SafetensorsFile, key: str, base: BaseTarget) -> str | 
     _, shape = file.info(key)
     if shape != base.shape:
         return f"is {list(shape)}, expected the base's {list(base.shape)}: another vocabulary or base"
-    ours = base.first_rows(ROWS_COMPARED)
+    ours = base.rows(0, min(ROWS_COMPARED, base.shape[0]))
     theirs = next(file.chunks(key, ours.size), np.zeros(0, np.float32)).reshape(ours.shape)
     difference = float(np.linalg.norm(theirs - ours)) / max(float(np.linalg.norm(theirs)), 1e-30)
     if not difference <= LARGEST_DIFFERENCE:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from adaptrt.adapters.normal import LoweredAdapter
+from adaptrt.adapters.sharing import SharedTensors
 from adaptrt.adapters.variant import Adapter
 from adaptrt.backends.base import Executable
 from adaptrt.errors import AdapterError, UnknownAdapterError
@@ -22,6 +23,7 @@ class AdapterSet:
         self._executable = executable
         self._lower = lower
         self._adapters: dict[str, Adapter] = {}
+        self._shared = SharedTensors()
         self._handles: dict[tuple[str, float], int] = {}
         self._in_use: Counter[str] = Counter()
         self._lock = threading.RLock()
@@ -38,7 +40,7 @@ class AdapterSet:
                 raise AdapterError(
                     f"adapter {name!r}: already loaded; unload it first or choose another name"
                 )
-            self._adapters[name] = adapter
+            self._adapters[name] = self._shared.unite(adapter)
             try:
                 self._attach(name, 1.0)
             except BaseException:

@@ -71,8 +71,12 @@ def _encode(x: Floats, scale: Floats) -> NDArray[np.int8]:
 
 def dequantize(tensor: Tensor) -> Floats:
     """The float32 weights of an int8 tensor, of its shape."""
-    codes, scales = parts(tensor)
+    return dequantize_rows(*parts(tensor)).reshape(tensor.shape)
+
+
+def dequantize_rows(codes: NDArray[np.int8], scales: NDArray[np.uint16]) -> Floats:
+    """The float32 weights of whole rows: codes [rows, cols] and scales [rows, ceil(cols / 64)]."""
     weights = codes.astype(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):  # a file may hold any scale
         weights *= np.repeat(bf16_to_f32(scales), BLOCK, axis=1)[:, : codes.shape[1]]
-    return weights.reshape(tensor.shape)
+    return weights

@@ -155,3 +155,14 @@ def dequantize(tensor: Tensor) -> Floats:
         blocks *= absmax[:full, None]
         partial *= absmax[full:]
     return weights.reshape(tensor.shape)
+
+
+def dequantize_range(tensor: Tensor, start: int, stop: int) -> Floats:
+    """Weights start … stop - 1 in row-major order, as `dequantize` gives them, leaving the others alone."""
+    first, last = start // BLOCK, -(-stop // BLOCK)
+    codes, q, nested, offset = parts(tensor)
+    weights: Floats = _BYTE_VALUES[codes[first * BLOCK // 2 : last * BLOCK // 2]].reshape(-1)
+    with np.errstate(over="ignore", invalid="ignore"):  # a file may hold any absmax
+        absmax = DYNAMIC_MAP[q[first:last]] * nested[np.arange(first, last) // NESTED_BLOCK] + offset
+        weights *= np.repeat(absmax, BLOCK)[: weights.size]
+    return weights[start - first * BLOCK : stop - first * BLOCK]

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from adaptrt.quant import int8, nf4
 from adaptrt.quant.bf16 import bf16_to_f32, f32_to_bf16
-from adaptrt.tensor import Tensor
+from adaptrt.tensor import PLAIN_ITEM_BYTES, Tensor
 
 Floats = NDArray[np.float32]
 
@@ -25,6 +25,18 @@ def to_float32(tensor: Tensor) -> Floats:
     if tensor.dtype == "f32":
         return tensor.data.view(np.float32).reshape(tensor.shape)
     raise ValueError(f"dtype {tensor.dtype} holds no real numbers, expected f32, f16, bf16, nf4 or int8")
+
+
+def rows_to_float32(tensor: Tensor, start: int, stop: int) -> Floats:
+    """Rows start … stop - 1 of a matrix as float32, leaving the others alone."""
+    rows, cols = stop - start, tensor.shape[1]
+    if tensor.dtype == "nf4":
+        return nf4.dequantize_range(tensor, start * cols, stop * cols).reshape(rows, cols)
+    if tensor.dtype == "int8":
+        part = int8.parts(tensor)
+        return int8.dequantize_rows(part.codes[start:stop], part.scales[start:stop])
+    item = PLAIN_ITEM_BYTES[tensor.dtype] * cols
+    return to_float32(Tensor(tensor.dtype, (rows, cols), tensor.data[start * item : stop * item]))
 
 
 def from_float32(x: Floats, dtype: str) -> Tensor:

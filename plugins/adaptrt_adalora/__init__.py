@@ -1,7 +1,7 @@
 """AdaLoRA (Zhang et al., arXiv:2303.10512): LoRA as a singular value decomposition whose rank training prunes.
 
-y = W x + s · B (E ⊙ (A x)) + b, s = alpha / (r + 1e-5), r being the rank before pruning; an alpha of 0 or less stands for
-the rank, as PEFT loads it.
+y = W x + s · B (E ⊙ (A x)) + b, s = alpha / (r + 1e-5), r being the rank before pruning; an alpha of 0 or less stands
+for the rank left, as PEFT loads it.
 """
 
 from __future__ import annotations
