@@ -179,7 +179,7 @@ HOSTILE: dict[str, tuple[Callable[[Metadata], None], str]] = {
 
 # What only the variant and the base can tell.
 UNFIT: dict[str, tuple[Callable[[Metadata], None], str]] = {
-    "variant": (put("dora", "variant"), "needs a plugin for variant 'dora', installed: lora, rslora"),
+    "variant": (put("magic", "variant"), "needs a plugin for variant 'magic', installed: "),
     "target": (
         put("blk.9.attn_q", *T0, "target"),
         "target 'blk.9.attn_q': the base has no such tensor to adapt",

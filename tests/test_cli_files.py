@@ -227,8 +227,9 @@ def adapter_with_an_unknown_option(made: Made, path: Path) -> list[object]:
     return ["run", made.model, "-p", "x", "-a", folder]
 
 
-def dora_without_its_plugin(made: Made, path: Path) -> list[object]:
-    folder = peft_folder(path / "dora", made.folder, use_dora=True)
+def qalora_without_a_plugin(made: Made, path: Path) -> list[object]:
+    folder = peft_folder(path / "qalora", made.folder)
+    edit_json(folder / "adapter_config.json", use_qalora=True)
     return ["convert", folder, "-o", path / "out.adrt", "--base", made.model]
 
 
@@ -323,7 +324,7 @@ WRONG: dict[Wrong, str] = {
     adding_an_adapter_of_another_base: "base",
     adapter_with_an_unknown_key: "lora_X",
     adapter_with_an_unknown_option: "use_magic",
-    dora_without_its_plugin: "dora",
+    qalora_without_a_plugin: "use_qalora",
     adapter_without_its_base: "--base",
     unknown_adapter: "adapter 'nobody': no such file or folder, and not inside {made}/hf.adrt",
     removing_an_unknown_adapter: "nobody",

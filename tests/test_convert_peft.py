@@ -69,23 +69,26 @@ def refusal(folder: Path, view: BaseView, variants: Any = VARIANTS) -> str:
 
 
 OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
-    "dora": (
-        {"use_dora": True},
-        "handles peft_type 'LORA' with use_dora: it needs a variant plugin; installed: lora, rslora",
+    "qalora": (
+        {"use_qalora": True},
+        "handles peft_type 'LORA' with use_qalora: it needs a variant plugin; installed: ",
     ),
-    "dora and rslora": (
-        {"use_dora": True, "use_rslora": True},
-        "with use_dora, use_rslora: it needs a variant plugin",
+    "qalora and rslora": (
+        {"use_qalora": True, "use_rslora": True},
+        "with use_qalora, use_rslora: it needs a variant plugin",
     ),
-    "qalora": ({"use_qalora": True}, "with use_qalora: it needs a variant plugin"),
+    "qalora and dora": (
+        {"use_qalora": True, "use_dora": True},
+        "with use_dora, use_qalora: it needs a variant plugin",
+    ),
     "bdlora": ({"use_bdlora": {"nblocks": 2}}, "with use_bdlora: it needs a variant plugin"),
     "arrow": ({"arrow_config": {"top_k": 2}}, "with arrow_config: it needs a variant plugin"),
     "kasa": ({"kasa_config": {"beta": 1}}, "with kasa_config: it needs a variant plugin"),
     "alora": ({"alora_invocation_tokens": [1, 2]}, "with alora_invocation_tokens: it needs a variant plugin"),
     "future method": ({"use_newlora": True}, "with use_newlora: it needs a variant plugin"),
-    "vera": (
-        {"peft_type": "VERA"},
-        "no installed variant handles peft_type 'VERA': it needs a variant plugin",
+    "another method": (
+        {"peft_type": "XLORA"},
+        "no installed variant handles peft_type 'XLORA': it needs a variant plugin",
     ),
     "no type": ({"peft_type": None}, "no installed variant handles peft_type None"),
     "odd type": ({"peft_type": ["LORA"]}, "no installed variant handles peft_type ['LORA']"),
