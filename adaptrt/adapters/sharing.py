@@ -24,5 +24,5 @@ class SharedTensors:
         return replace(adapter, tensors={**adapter.tensors, **shared})
 
     def _first(self, tensor: Tensor) -> Tensor:
-        key = (tensor.dtype, tensor.shape, sha256(tensor.data).digest())
+        key = (tensor.dtype, tensor.shape, sha256(tensor.data.data).digest())
         return self._known.setdefault(key, tensor)

@@ -7,7 +7,7 @@ A new method is one subclass, published through the `adaptrt_variants` hook; it 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -19,7 +19,8 @@ from adaptrt.adapters.options import COMMON_OPTIONS, Rule, check_options
 from adaptrt.adapters.problems import Problems
 from adaptrt.tensor import Tensor
 
-BLOCK_VALUES = 1 << 22  # weights that `row_blocks` dequantizes at a time, about
+Floats = NDArray[np.float32]
+BLOCK_VALUES = 1 << 20  # weights that `over_rows` dequantizes at a time, about
 
 Params = Mapping[str, float | int | str | bool]
 Roles = Mapping[str, str]
@@ -46,13 +47,15 @@ class BaseWeight(Protocol):
         """The base bias [out], if it has one."""
 
 
-def row_blocks(base: BaseWeight) -> Iterator[tuple[slice, NDArray[np.float32]]]:
-    """The weight of anything but a norm, dequantized a few rows at a time: (which rows, their values)."""
+def over_rows(base: BaseWeight, work: Callable[[slice, Floats], Floats]) -> list[Floats]:
+    """What `work` makes of every few rows of the weight, given which they are and their values; not for a norm.
+
+    The whole dequantized weight never exists at once.
+    """
     rows, cols = base.shape
     step = max(1, BLOCK_VALUES // cols)
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        yield slice(start, stop), base.rows(start, stop)
+    blocks = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    return [work(which, base.rows(which.start, which.stop)) for which in blocks]
 
 
 @dataclass(frozen=True)

@@ -282,9 +282,9 @@ def _check_tying(content: _Content, base: BaseView, problems: Problems) -> None:
 def _take_targets(config: Mapping[str, Any], variant: Variant, content: _Content, problems: Problems) -> None:
     """Let the variant resolve each module and refuse what is missing or left over."""
     adapted = {path: part.base for path, part in content.parts.items() if part.keys}
-    for key, tensor in variant.complete(config, Folder(adapted, content.shared), problems).items():
-        content.add(key, tensor)
-        content.notes.append(f"{key} is not in the folder; variant {variant.name} computed it")
+    for name, tensor in variant.complete(config, Folder(adapted, content.shared), problems).items():
+        content.add(name, tensor)
+        content.notes.append(f"{name} is not in the folder; variant {variant.name} computed it")
     shared = _Lazy(content, content.shared)
     used: set[str] = set()
     for path, part in content.parts.items():

@@ -19,7 +19,7 @@ from adaptrt.adapters.lora import LoraVariant, other_methods
 from adaptrt.adapters.normal import Lowered
 from adaptrt.adapters.options import Rule, rest
 from adaptrt.adapters.problems import Problems
-from adaptrt.adapters.variant import BaseWeight, Module, Params, Roles, row_blocks
+from adaptrt.adapters.variant import BaseWeight, Module, Params, Roles, over_rows
 from adaptrt.errors import AdapterError
 from adaptrt.hookspecs import hookimpl
 from adaptrt.quant.plain import to_float32
@@ -71,11 +71,9 @@ def changed_norm(base: BaseWeight, a: Tensor, b: Tensor, scale: float) -> NDArra
     """
     left, right = to_float32(b), to_float32(a) * np.float32(scale)
     if base.kind != "embedding":
-        return np.concatenate([_norm(rows + left[which] @ right, axis=1) for which, rows in row_blocks(base)])
-    return _norm(
-        np.stack([_norm(rows + right[:, which].T @ left.T, axis=0) for which, rows in row_blocks(base)]),
-        axis=0,
-    )
+        return np.concatenate(over_rows(base, lambda which, rows: _norm(rows + left[which] @ right, axis=1)))
+    parts = over_rows(base, lambda which, rows: _norm(rows + right[:, which].T @ left.T, axis=0))
+    return _norm(np.stack(parts), axis=0)
 
 
 def _norm(x: NDArray[np.float32], axis: int) -> NDArray[np.float32]:

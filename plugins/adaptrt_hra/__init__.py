@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from adaptrt.adapters.normal import Lowered, LowRank
 from adaptrt.adapters.options import Rule, any_value, boolean, positive_int
 from adaptrt.adapters.problems import Problems
-from adaptrt.adapters.variant import BaseWeight, Module, Params, Roles, Variant, row_blocks
+from adaptrt.adapters.variant import BaseWeight, Module, Params, Roles, Variant, over_rows
 from adaptrt.errors import AdapterError
 from adaptrt.hookspecs import hookimpl
 from adaptrt.quant.plain import to_float32
@@ -50,7 +50,8 @@ class HraVariant(Variant):
         """U = -W Z and V = Yᵀ, times the user's scale. Raises AdapterError for a vector without direction."""
         vectors = to_float32(tensors["u"]).astype(np.float64)
         y, z = orthogonal(vectors) if params["orthogonalize"] else reflections(vectors)
-        product = np.concatenate([rows @ z.astype(np.float32) for _, rows in row_blocks(base)])
+        narrow = z.astype(np.float32)
+        product = np.concatenate(over_rows(base, lambda _, rows: rows @ narrow))
         u, v = (Tensor.from_numpy(np.ascontiguousarray(m, np.float32)) for m in (-product, y.T))
         return Lowered(terms=(LowRank(u, v, scale),))
 
