@@ -72,6 +72,12 @@ def test_vera_projections_that_were_not_saved_are_stored_and_noted(world: World,
     adapter = import_peft(folder, VARIANTS, world.view)
     assert adapter.tensors[A].shape == (16, 160)
     assert f"{A} is not in the folder; variant vera computed it" in adapter.notes
+    huge = edited(folder, tmp_path / "huge", {"r": 10**9})
+    with pytest.raises(AdapterError, match=f"{A} is missing"):
+        import_peft(huge, VARIANTS, world.view)
+    empty = edited(folder, tmp_path / "empty", tensors=lambda _: {})
+    with pytest.raises(AdapterError, match="it adapts nothing"):
+        import_peft(empty, VARIANTS, world.view)
     kept = edited(folder, tmp_path / "kept", {"save_projection": True})
     with pytest.raises(AdapterError, match="vera_A is missing"):
         import_peft(kept, VARIANTS, world.view)

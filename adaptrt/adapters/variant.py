@@ -7,7 +7,7 @@ A new method is one subclass, published through the `adaptrt_variants` hook; it 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -108,14 +108,6 @@ class Module:
         self.discarded[suffix] = reason
 
 
-@dataclass(frozen=True)
-class Folder:
-    """A whole PEFT folder: its adapted modules' base weights by module path, and the keys of no module."""
-
-    modules: Mapping[str, BaseWeight]
-    shared: Collection[str]
-
-
 class Variant(ABC):
     """An adapter method. Stateless: one instance serves every adapter.
 
@@ -139,10 +131,12 @@ class Variant(ABC):
         """Honour or refuse, by name, every option of the config; one that no rule knows must be at rest."""
         check_options(config, {**COMMON_OPTIONS, **self.options}, problems)
 
-    def complete(self, config: Mapping[str, Any], folder: Folder, problems: Problems) -> Mapping[str, Tensor]:
-        """Shared tensors that the folder leaves out, computed from the config; called once, before `resolve`.
+    def complete(
+        self, config: Mapping[str, Any], modules: Sequence[Module], problems: Problems
+    ) -> Mapping[str, Tensor]:
+        """Shared tensors that the folder leaves out, computed from the config and all its modules.
 
-        They are used, checked and stored as if the folder had held them.
+        Called once, before `resolve`; what it returns is used, checked and stored as if the folder had held it.
         """
         return {}
 

@@ -19,7 +19,7 @@ from adaptrt.adapters.lora import other_methods
 from adaptrt.adapters.problems import Problems, brief
 from adaptrt.adapters.stack import lower
 from adaptrt.adapters.storage import check_name, write_adapter
-from adaptrt.adapters.variant import Adapter, Folder, Module, Target, Variant
+from adaptrt.adapters.variant import Adapter, Module, Target, Variant
 from adaptrt.convert.base import ConvertOptions, Progress
 from adaptrt.convert.files import open_regular, parse_object, read_exactly
 from adaptrt.convert.safetensors import SafetensorsFile, open_safetensors
@@ -281,16 +281,17 @@ def _check_tying(content: _Content, base: BaseView, problems: Problems) -> None:
 
 def _take_targets(config: Mapping[str, Any], variant: Variant, content: _Content, problems: Problems) -> None:
     """Let the variant resolve each module and refuse what is missing or left over."""
-    adapted = {path: part.base for path, part in content.parts.items() if part.keys}
-    for name, tensor in variant.complete(config, Folder(adapted, content.shared), problems).items():
+    shared = _Lazy(content, content.shared)
+    parts = {path: part for path, part in content.parts.items() if part.keys}
+    modules = {
+        path: Module(path, part.base, _Lazy(content, part.keys), shared) for path, part in parts.items()
+    }
+    for name, tensor in variant.complete(config, list(modules.values()), problems).items():
         content.add(name, tensor)
         content.notes.append(f"{name} is not in the folder; variant {variant.name} computed it")
-    shared = _Lazy(content, content.shared)
     used: set[str] = set()
-    for path, part in content.parts.items():
-        if not part.keys:
-            continue
-        module = Module(path, part.base, _Lazy(content, part.keys), shared)
+    for path, module in modules.items():
+        part = parts[path]
         part.params, roles = variant.resolve(config, module, problems.about(path))
         for role, name in roles.items():
             key = part.keys.get(name) or content.shared.get(name)

@@ -7,7 +7,7 @@ attached once, whatever the number of modules and adapters.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,13 +15,13 @@ import numpy as np
 from adaptrt.adapters.normal import Lowered, LowRank
 from adaptrt.adapters.options import Rule, any_value, boolean, positive_int
 from adaptrt.adapters.problems import Problems
-from adaptrt.adapters.variant import BaseWeight, Folder, Module, Params, Roles, Variant
+from adaptrt.adapters.variant import BaseWeight, Module, Params, Roles, Variant
 from adaptrt.hookspecs import hookimpl
 from adaptrt.quant.plain import to_float32
 from adaptrt.tensor import Tensor
 
 PEFT_DEFAULT = 256  # of r when the config leaves it out
-A, B = "base_model.vera_A", "base_model.vera_B"
+A, B, D = "base_model.vera_A", "base_model.vera_B", "vera_lambda_d"
 
 
 def _whole(value: object) -> str | None:
@@ -50,19 +50,23 @@ class VeraVariant(Variant):
         """See Variant.claims."""
         return config.get("peft_type") == "VERA"
 
-    def complete(self, config: Mapping[str, Any], folder: Folder, problems: Problems) -> Mapping[str, Tensor]:
+    def complete(
+        self, config: Mapping[str, Any], modules: Sequence[Module], problems: Problems
+    ) -> Mapping[str, Tensor]:
         """A and B of a folder saved with save_projection=false, as PEFT draws them anew from the key."""
-        if config.get("save_projection", True) or folder.shared:
+        if config.get("save_projection", True) or any(module.shared for module in modules):
             return {}
-        shapes = [base.shape for base in folder.modules.values()]
-        out, inner = (max(sizes) for sizes in zip(*shapes, strict=True))
         rank, key = config.get("r", PEFT_DEFAULT), config.get("projection_prng_key", 0)
+        fits = [D in module.tensors and module.tensors[D].shape == (rank,) for module in modules]
+        if not fits or not all(fits):
+            return {}  # a rank that is not the vectors' own is refused, whatever size it asks for
+        out, inner = (max(sizes) for sizes in zip(*(module.base.shape for module in modules), strict=True))
         draw = np.random.RandomState(key & 0xFFFFFFFF)  # seeds MT19937 as torch's generator does
         return {A: kaiming_uniform(draw, rank, inner), B: kaiming_uniform(draw, out, rank)}
 
     def resolve(self, config: Mapping[str, Any], module: Module, problems: Problems) -> tuple[Params, Roles]:
         """See Variant.resolve."""
-        roles = {"A": A, "B": B, "lambda_d": "vera_lambda_d", "lambda_b": "vera_lambda_b"}
+        roles = {"A": A, "B": B, "lambda_d": D, "lambda_b": "vera_lambda_b"}
         return {"rank": config.get("r", PEFT_DEFAULT)}, roles
 
     def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight, scale: float) -> Lowered:
