@@ -64,8 +64,9 @@ def check_target(
     if roles or bias is None:
         _check_params(target.params, variant, problems)
         _check_roles(roles, labels, variant, target.params, base, problems)
-    for role in target.tensors:
-        _check_values(labels[role], tensors[target.tensors[role]], problems)
+    for role, name in target.tensors.items():
+        check = _check_integers if role in variant.integers else _check_values
+        check(labels[role], tensors[name], problems)
 
 
 def sizes(base: BaseWeight) -> dict[str, int]:
@@ -135,3 +136,13 @@ def _check_values(label: str, tensor: Tensor, problems: Problems) -> None:
     bad = np.flatnonzero((bits & item(exponent)) == item(exponent))
     if bad.size:
         problems.add(f"{label} holds NaN or infinity ({bad.size} of {bits.size} values)")
+
+
+def _check_integers(label: str, tensor: Tensor, problems: Problems) -> None:
+    """Whole numbers, which PEFT stores as f32 on Windows."""
+    if tensor.dtype not in ("u8", "i32", "f32"):
+        problems.add(f"{label} is of dtype {tensor.dtype}, expected u8, i32 or f32")
+    elif tensor.dtype == "f32":
+        values = tensor.data.view(np.float32)
+        if not ((np.abs(values) < 2**31) & (values == np.rint(values))).all():
+            problems.add(f"{label} holds numbers that are not whole or beyond 32 bits")

@@ -62,20 +62,20 @@ def _check_term(k: int, term: Term, point: AttachPoint, problems: Problems) -> N
             problems.add(
                 f"W{k} is [{a}, {b}] ⊗ [{c}, {d}], expected a product of [{point.out}, {point.inner}]"
             )
-        _check_dtype(f"W1 of term {k}", term.w1, FLOAT_DTYPES, problems)
-        _check_dtype(f"W2 of term {k}", term.w2, FLOAT_DTYPES, problems)
+        _check_items(f"W1 of term {k}", term.w1, FLOAT_DTYPES, problems)
+        _check_items(f"W2 of term {k}", term.w2, FLOAT_DTYPES, problems)
 
 
 def _check_low_rank(k: int, term: LowRank, point: AttachPoint, problems: Problems) -> None:
     rank, inner = _rows_cols(term.v)
-    _check_dtype(f"V{k}", term.v, TERM_DTYPES, problems)
+    _check_items(f"V{k}", term.v, TERM_DTYPES, problems)
     if inner < point.inner or (inner > point.inner and term.v.dtype not in FLOAT_DTYPES):
         problems.add(f"V{k} is {list(term.v.shape)}, expected [rank, {point.inner}]")
     if term.u is None:
         if rank != point.out:
             problems.add(f"V{k} is {list(term.v.shape)} without U, expected [{point.out}, {point.inner}]")
     else:
-        _check_dtype(f"U{k}", term.u, TERM_DTYPES, problems)
+        _check_items(f"U{k}", term.u, TERM_DTYPES, problems)
         quantized = term.u.dtype not in FLOAT_DTYPES
         out, inner_rank = _rows_cols(term.u)[:: -1 if quantized else 1]
         if inner_rank != rank or out < point.out or (quantized and out > point.out):
@@ -104,9 +104,11 @@ def _rows_cols(tensor: Tensor) -> tuple[int, int]:
     return (tensor.shape[0], tensor.shape[1]) if len(tensor.shape) == 2 else (0, 0)
 
 
-def _check_dtype(name: str, tensor: Tensor, dtypes: tuple[str, ...], problems: Problems) -> None:
+def _check_items(name: str, tensor: Tensor, dtypes: tuple[str, ...], problems: Problems) -> None:
     if tensor.dtype not in dtypes:
         problems.add(f"{name} is of dtype {tensor.dtype}, expected {', '.join(dtypes)}")
+    if tensor.dtype == "f32":  # it may have been computed; what was read is finite
+        _check_finite(name, tensor.data.view(np.float32), problems)
 
 
 def _check_vector(name: str, vector: Vector | None, size: int, problems: Problems) -> None:

@@ -77,6 +77,26 @@ def match_pattern(table: Mapping[str, Any] | None, path: str, default: Any) -> A
     return default
 
 
+def plain_patterns(rule: Rule) -> Rule:
+    """`patterns` for `match_ending`: without choices and groups, which PEFT would read in its own way there."""
+
+    def check(value: Any) -> str | None:
+        problem = patterns(rule)(value)
+        odd = [pattern for pattern in value or () if not problem and re.search(r"[|()]", pattern)]
+        return f"{brief(odd[0])}: write the choices of a pattern one by one" if odd else problem
+
+    return check
+
+
+def match_ending(table: Mapping[str, Any] | None, path: str, default: Any) -> Any:
+    """The value for a module path by FourierFT's and C3A's rule: `.*\\.pattern$`, else the path word for word."""
+    table = table or {}
+    for pattern, value in table.items():
+        if re.match(rf".*\.{pattern}$", path):
+            return value
+    return table.get(path, default)
+
+
 @lru_cache(maxsize=4096)
 def _compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({pattern})$")

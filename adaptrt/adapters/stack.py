@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Protocol
 
@@ -33,6 +33,13 @@ def lower(adapter: Adapter, variants: Mapping[str, Variant], base: Base, scale: 
     Raises AdapterError for a scale that is not finite, for a variant that is not installed, and naming
     everything in the adapter that does not fit its variant or the base.
     """
+    return dict(lower_each(adapter, variants, base, scale))
+
+
+def lower_each(
+    adapter: Adapter, variants: Mapping[str, Variant], base: Base, scale: float
+) -> Iterator[tuple[str, Lowered]]:
+    """As `lower`, a target at a time, so that whoever keeps none needs memory for one. Raises by its end."""
     what = f"adapter {adapter.name!r}"
     if not math.isfinite(scale):
         raise AdapterError(f"{what}: scale is {scale}, expected a finite number")
@@ -41,17 +48,20 @@ def lower(adapter: Adapter, variants: Mapping[str, Variant], base: Base, scale: 
     check_adapter(adapter, variant, base.targets, problems)
     problems.raise_for(what)
     if scale == 0:
-        return {}
-    lowered = {}
+        return
     for target in adapter.targets:
         weight = base.targets[target.target]
-        result = _lower_target(target, adapter.tensors, variant, weight, scale)
-        lowered[target.target] = result
+        try:
+            with np.errstate(all="ignore"):  # what overflows is no longer finite: check_fit refuses it
+                result = _lower_target(target, adapter.tensors, variant, weight, scale)
+        except (AdapterError, np.linalg.LinAlgError) as error:
+            problems.add(f"{target.target}: {error}")
+            continue
         size = sizes(weight)
         point = AttachPoint(weight.kind, size["out"], size["in"])
         check_fit(result, point, problems.about(target.target))
+        yield target.target, result
     problems.raise_for(f"{what}: lowered by variant {variant.name}")
-    return lowered
 
 
 def _lower_target(

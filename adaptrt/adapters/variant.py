@@ -114,7 +114,7 @@ class Variant(ABC):
     `params` gives the type of every parameter of a Target. `roles` gives the shape of every tensor: `out` and
     `in` are the base's (an embedding maps `in` = vocabulary to `out` = width), a name in `params` is that
     number, any other name must be the same size wherever the target uses it. Roles in `optional` may be
-    absent. `options` adds to the options that every PEFT method has.
+    absent, those in `integers` hold whole numbers. `options` adds to the options that every PEFT method has.
     """
 
     name: str  # as stored in files and shown to users: "lora"
@@ -122,6 +122,7 @@ class Variant(ABC):
     params: ClassVar[Mapping[str, type]] = {}
     roles: ClassVar[Mapping[str, tuple[str | int, ...]]]
     optional: ClassVar[frozenset[str]] = frozenset()
+    integers: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def claims(self, config: Mapping[str, Any]) -> bool:
@@ -152,5 +153,6 @@ class Variant(ABC):
     def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight, scale: float) -> Lowered:
         """The normal form of one target at the user's `scale` (1 = as trained, never 0); `tensors` by role.
 
-        Called once per adapter and scale, at load, with params and tensors already checked.
+        Called once per adapter and scale, at load, with params and tensors already checked. Raises AdapterError
+        for what their types and shapes cannot show.
         """

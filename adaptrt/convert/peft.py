@@ -17,7 +17,7 @@ from adaptrt.adapters.base import BaseTarget, BaseView, open_base
 from adaptrt.adapters.check import PEFT_PREFIX, REPLACED_BIAS, check_adapter
 from adaptrt.adapters.lora import other_methods
 from adaptrt.adapters.problems import Problems, brief
-from adaptrt.adapters.stack import lower
+from adaptrt.adapters.stack import lower_each
 from adaptrt.adapters.storage import check_name, write_adapter
 from adaptrt.adapters.variant import Adapter, Module, Target, Variant
 from adaptrt.convert.base import ConvertOptions, Progress
@@ -62,7 +62,8 @@ class PeftImporter:
             base = open_base(file, options.architectures)
             adapter = import_peft(src, options.variants, base, options.name)
             check_name(adapter.name)
-            lower(adapter, options.variants, base, 1.0)  # what cannot be run is not written
+            for _ in lower_each(adapter, options.variants, base, 1.0):
+                pass  # what cannot be run is not written
             adapter = replace(adapter, base=base.record())
             with Writer(out, _file_metadata(adapter)) as writer:
                 write_adapter(writer, adapter)
@@ -290,6 +291,7 @@ def _take_targets(config: Mapping[str, Any], variant: Variant, content: _Content
         content.add(name, tensor)
         content.notes.append(f"{name} is not in the folder; variant {variant.name} computed it")
     used: set[str] = set()
+    discarded: dict[tuple[str, str], list[str]] = {}  # (suffix, reason) → paths
     for path, module in modules.items():
         part = parts[path]
         part.params, roles = variant.resolve(config, module, problems.about(path))
@@ -300,9 +302,12 @@ def _take_targets(config: Mapping[str, Any], variant: Variant, content: _Content
             else:
                 part.roles[role] = key
         for suffix, reason in module.discarded.items():
-            content.notes.append(f"{path}.{suffix} left out: {reason}")
+            discarded.setdefault((suffix, reason), []).append(path)
         for suffix in sorted(part.keys.keys() - set(roles.values()) - module.discarded.keys()):
             problems.add(f"{path}.{brief(suffix)[1:-1]} is not understood by variant {variant.name}")
         used.update(roles.values())
+    for (suffix, reason), paths in discarded.items():
+        what = f"{paths[0]}.{suffix}" if len(paths) == 1 else f"{suffix} of {len(paths)} modules"
+        content.notes.append(f"{what} left out: {reason}")
     for name in sorted(content.shared.keys() - used):
         problems.add(f"{brief(name)} is not understood by variant {variant.name}")

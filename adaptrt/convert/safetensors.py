@@ -72,8 +72,12 @@ class SafetensorsFile:
         return entry.dtype, entry.shape
 
     def tensor(self, name: str) -> Tensor:
-        """The whole tensor in its stored dtype. Raises ConvertError for a dtype that adaptrt has not."""
+        """The whole tensor in its stored dtype, i16 as i32. Raises ConvertError for a dtype that adaptrt has not."""
         entry = self._entry(name)
+        if entry.dtype == "i16":
+            narrow = np.empty(entry.nbytes // 2, np.int16)
+            self._read(entry.begin, narrow.view(np.uint8))
+            return Tensor.from_numpy(narrow.astype(np.int32).reshape(entry.shape))
         if entry.dtype not in KNOWN:
             raise self._dtype_error(name, entry, KNOWN)
         data = np.empty(entry.nbytes, np.uint8)

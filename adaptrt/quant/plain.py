@@ -1,4 +1,4 @@
-"""Any floating dtype to float32 and back."""
+"""Any floating dtype to float32 and back; integers as int64."""
 
 from __future__ import annotations
 
@@ -37,6 +37,14 @@ def rows_to_float32(tensor: Tensor, start: int, stop: int) -> Floats:
         return int8.dequantize_rows(part.codes[start:stop], part.scales[start:stop])
     item = PLAIN_ITEM_BYTES[tensor.dtype] * cols
     return to_float32(Tensor(tensor.dtype, (rows, cols), tensor.data[start * item : stop * item]))
+
+
+def to_int64(tensor: Tensor) -> NDArray[np.int64]:
+    """The values of an integer tensor, or of whole numbers as f32, of its shape. Raises ValueError for other dtypes."""
+    items = {"u8": np.uint8, "i32": np.int32, "f32": np.float32}
+    if tensor.dtype not in items:
+        raise ValueError(f"dtype {tensor.dtype} holds no whole numbers, expected {', '.join(items)}")
+    return tensor.data.view(items[tensor.dtype]).reshape(tensor.shape).astype(np.int64)
 
 
 def from_float32(x: Floats, dtype: str) -> Tensor:

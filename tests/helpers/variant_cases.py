@@ -14,12 +14,22 @@ from typing import Any, Literal
 from helpers.oracle import LINEARS
 from peft import (
     AdaLoraConfig,
+    BOFTConfig,
+    C3AConfig,
     DeloraConfig,
+    FourierFTConfig,
     HRAConfig,
     IA3Config,
     LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
     LoraConfig,
+    MissConfig,
+    OFTConfig,
     PeftConfig,
+    RandLoraConfig,
+    ShiraConfig,
+    VBLoRAConfig,
     VeraConfig,
 )
 
@@ -79,6 +89,17 @@ CASES: dict[str, VariantCase] = {
     "HRA, Gram-Schmidt": case("hra", HRAConfig, "beside", r=4, apply_GS=True),
     "DeLoRA": case("delora", DeloraConfig, r=4, delora_lambda=6),
     "LN tuning": case("ln_tuning", LNTuningConfig, noise=GAIN, target_modules=NORMS),
+    "LoHa": case("loha", LoHaConfig, "mixed", r=4, alpha=8),
+    "LoKr": case("lokr", LoKrConfig, "mixed", r=3, alpha=6),
+    "MiSS": case("miss", MissConfig, r=8),
+    "MiSS, bat": case("miss", MissConfig, "beside", r=8, init_weights="bat"),
+    "VB-LoRA": case("vblora", VBLoRAConfig, r=3, num_vectors=12, vector_length=16),
+    "SHiRA": case("shira", ShiraConfig, r=3),
+    "OFT": case("oft", OFTConfig, "beside", {"oft_R": 0.1}, oft_block_size=16),
+    "BOFT": case("boft", BOFTConfig, "beside", boft_block_size=4, boft_n_butterfly_factor=3),
+    "FourierFT": case("fourierft", FourierFTConfig, n_frequency=50, scaling=50.0),
+    "C3A": case("c3a", C3AConfig, noise={"c3a_kernel": 4.0}, block_size=16),
+    "RandLoRA": case("randlora", RandLoraConfig, r=12, randlora_alpha=12),
 }
 
 # Other ranks, patterns and options: compared with PEFT once, alone, and not in the table.
@@ -148,4 +169,67 @@ OPTIONS: dict[str, VariantCase] = {
         "delora", DeloraConfig, r=2, rank_pattern={"q_proj": 3}, lambda_pattern={"k_proj": 4}, bias="all"
     ),
     "LN tuning, one": case("ln_tuning", LNTuningConfig, noise=GAIN, target_modules=["model.norm"]),
+    "LoHa, patterns": case(
+        "loha",
+        LoHaConfig,
+        r=16,
+        rank_pattern={"q_proj": 1, "o_proj": 3, "v_proj": 256},
+        alpha_pattern={"k_proj": 3},
+    ),
+    "LoKr, both products": case("lokr", LoKrConfig, r=1, decompose_both=True, decompose_factor=4),
+    "LoKr, both whole": case(
+        "lokr",
+        LoKrConfig,
+        r=256,
+        alpha=256,
+        rank_pattern={"lm_head": 16},
+        target_modules=["lm_head", "v_proj"],
+    ),
+    "MiSS, rank 1": case("miss", MissConfig, r=1),
+    "MiSS, a rest": case("miss", MissConfig, r=3, target_modules=["lm_head", "down_proj"]),
+    "MiSS, mini": case("miss", MissConfig, r=16, mini_r=4, init_weights="mini"),
+    "VB-LoRA, saved best": case(
+        "vblora", VBLoRAConfig, r=16, num_vectors=300, vector_length=32, topk=3, save_only_topk_weights=True
+    ),
+    "VB-LoRA, rank 256": case("vblora", VBLoRAConfig, r=256, num_vectors=8, vector_length=8, topk=1),
+    "VB-LoRA, rank 1": case("vblora", VBLoRAConfig, r=1, num_vectors=40, vector_length=4, topk=5),
+    "SHiRA, rank 1": case("shira", ShiraConfig, r=1),
+    "SHiRA, one module": case("shira", ShiraConfig, r=16, target_modules=["v_proj"]),
+    "OFT, Cayley": case("oft", OFTConfig, noise={"oft_R": 0.3}, oft_block_size=8, use_cayley_neumann=False),
+    "OFT, nearest number of blocks": case(
+        "oft", OFTConfig, noise={"oft_R": 0.1}, r=3, oft_block_size=0, num_cayley_neumann_terms=3
+    ),
+    "OFT, shared block": case(
+        "oft",
+        OFTConfig,
+        noise={"oft_R": 0.2},
+        oft_block_size=16,
+        block_share=True,
+        num_cayley_neumann_terms=7,
+    ),
+    "OFT, constrained": case("oft", OFTConfig, oft_block_size=16, coft=True, eps=2.0),
+    "OFT, embedding and head": case(
+        "oft", OFTConfig, noise={"oft_": 0.2}, oft_block_size=16, target_modules=["embed_tokens", "lm_head"]
+    ),
+    "BOFT, one factor": case("boft", BOFTConfig, boft_block_size=0, boft_block_num=8),
+    "FourierFT, few waves": case(
+        "fourierft",
+        FourierFTConfig,
+        n_frequency=9,
+        scaling=80.0,
+        n_frequency_pattern={"q_proj": 4096},
+        random_loc_seed=0,
+    ),
+    "C3A, patterns": case(
+        "c3a",
+        C3AConfig,
+        noise={"c3a_kernel": 4.0},
+        block_size=8,
+        block_size_pattern={"q_proj": 64, "layers.0.self_attn.k_proj": 1},
+    ),
+    "RandLoRA, rank 1": case(
+        "randlora", RandLoraConfig, r=1, randlora_alpha=1, target_modules=["v_proj", "o_proj"]
+    ),
+    "RandLoRA, sparse": case("randlora", RandLoraConfig, r=3, randlora_alpha=3, sparse=True),
+    "RandLoRA, rank 256": case("randlora", RandLoraConfig, r=256, randlora_alpha=256, very_sparse=True),
 }

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,17 @@ from helpers.oracle import Oracle
 from helpers.variant_cases import Stacking, VariantCase
 from numpy.typing import NDArray
 from peft import PeftMixedModel, PeftModel, get_peft_model
+from peft.tuners.boft import layer as boft
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.nn.functional import linear
 
 Logits = NDArray[np.float32]
-MODEL = "base_model.model."  # of a PeftModel's paths
+
+torch.sparse.check_sparse_tensor_invariants.enable()  # silences a warning of torch about SHiRA's tensors
+# PEFT allows several butterfly factors only with this extension, which it would compile for CUDA
+boft._FBD_CUDA = SimpleNamespace(
+    forward=lambda blocks: [torch.stack([torch.block_diag(*factor) for factor in blocks])]
+)
 
 
 class VariantOracle:
@@ -56,7 +64,9 @@ class VariantOracle:
         model = self.single(folder)
         for _, layer in tuner_layers(model):
             scaling = getattr(layer, "scaling", None)
-            if scaling is None:
+            if hasattr(layer, "boft_s"):
+                scale_parts(layer, scale)
+            elif scaling is None:
                 interpolate(layer, scale)
             elif "default" in scaling:
                 scaling["default"] *= scale
@@ -103,7 +113,17 @@ def interpolate(layer: Any, scale: float) -> None:
     layer.forward = lambda x: base(x) + scale * (adapted(x) - base(x))
 
 
+def scale_parts(layer: Any, scale: float) -> None:
+    """Make BOFT's turn of the input, and its gain, each go this part of its way."""
+    base = layer.get_base_layer()
+    turn, gain = (part.detach() for part in layer.get_delta_weight("default"))
+    turn = torch.eye(len(turn)).lerp(turn, scale)
+    gain = 1 + scale * (gain[:, 0] - 1)
+    layer.forward = lambda x: linear(x @ turn, base.weight) * gain + (0 if base.bias is None else base.bias)
+
+
 def add_change_of(layer: Any, alone: Any) -> None:
     """Make the layer give `alone`, the variant on the plain base, plus what merging the LoRA added to the base."""
     merged, plain = layer.get_base_layer(), alone.get_base_layer()
-    layer.forward = lambda x: alone(x) + (merged(x) - plain(x))
+    gain = alone.boft_s["default"][:, 0] if hasattr(alone, "boft_s") else 1  # on all that came before it
+    layer.forward = lambda x: alone(x) + gain * (merged(x) - plain(x))
