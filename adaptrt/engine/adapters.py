@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+from adaptrt.adapters.invocation import acts_from, invocation_tokens
 from adaptrt.adapters.normal import LoweredAdapter
 from adaptrt.adapters.sharing import SharedTensors
 from adaptrt.adapters.variant import Adapter
@@ -25,6 +26,7 @@ class AdapterSet:
         self._adapters: dict[str, Adapter] = {}
         self._shared = SharedTensors()
         self._handles: dict[tuple[str, float], int] = {}
+        self._invocations: dict[int, list[int]] = {}  # by handle
         self._in_use: Counter[str] = Counter()
         self._lock = threading.RLock()
 
@@ -56,7 +58,9 @@ class AdapterSet:
                     f"adapter {name!r}: in use by a generation under way; finish or close it first"
                 )
             for key in [key for key in self._handles if key[0] == name]:
-                self._executable.detach(self._handles.pop(key))
+                handle = self._handles.pop(key)
+                del self._invocations[handle]
+                self._executable.detach(handle)
             del self._adapters[name]
 
     @contextmanager
@@ -72,10 +76,20 @@ class AdapterSet:
             with self._lock:
                 self._in_use.subtract(name for name, _ in stack)
 
+    def place(
+        self, handles: Sequence[int], prompt_ids: Sequence[int]
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The handles that act on what follows from this prompt, and the position from which each does."""
+        places = {handle: acts_from(self._invocations[handle], prompt_ids) for handle in handles}
+        acting = tuple(handle for handle in handles if places[handle] is not None)
+        return acting, tuple(places[handle] or 0 for handle in acting)
+
     def _attach(self, name: str, scale: float) -> int:
         key = (name, scale)
         if key not in self._handles:
-            self._handles[key] = self._executable.attach(self._lower(self._find(name), scale))
+            adapter = self._find(name)
+            handle = self._executable.attach(self._lower(adapter, scale))
+            self._handles[key], self._invocations[handle] = handle, invocation_tokens(adapter)
         return self._handles[key]
 
     def _find(self, name: str) -> Adapter:

@@ -27,11 +27,12 @@ LOGITS_BYTES = 64 << 20  # at most this many bytes of logits at once while scori
 
 @dataclass(frozen=True)
 class Job:
-    """A request made concrete: token ids, adapter handles in stacking order, sampling."""
+    """A request made concrete: token ids, adapter handles in stacking order and where each acts from, sampling."""
 
     index: int
     prompt_ids: Sequence[int]
     stack: tuple[int, ...]
+    starts: tuple[int, ...]
     sampling: Sampling
 
 
@@ -128,7 +129,7 @@ class Engine:
             if job.sampling.max_tokens == 0:
                 yield Chunk(job.index, "", (), len(job.prompt_ids), 0, "length")
                 continue
-            sequence = Running(job.index, list(job.prompt_ids), job.stack)
+            sequence = Running(job.index, list(job.prompt_ids), job.stack, starts=job.starts)
             answers[sequence] = Answer(job, sequence, tokenizer, self.end_ids, self.context_length)
             scheduler.add(sequence)
         try:
@@ -153,10 +154,12 @@ class Engine:
                 scheduler.finish(sequence)
         return chunks
 
-    def logits(self, ids: Sequence[int], stack: tuple[int, ...]) -> Iterator[NDArray[np.float32]]:
+    def logits(
+        self, ids: Sequence[int], stack: tuple[int, ...], starts: tuple[int, ...] = ()
+    ) -> Iterator[NDArray[np.float32]]:
         """Logits of every position of `ids`, in pieces [tokens, vocabulary] of bounded size."""
         self.check(ids)
-        sequence = Running(0, list(ids), stack)
+        sequence = Running(0, list(ids), stack, starts=starts)
         rows = min(MAX_BATCH_TOKENS, max(1, LOGITS_BYTES // (4 * self.vocab_size)))
         try:
             sequence.pages = self._pool.take(self._pool.needed(len(ids)))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -14,18 +16,27 @@ from adaptrt.engine.pages import PagePool
 
 @dataclass(eq=False)
 class Sequence:
-    """One request under way: its ids so far, how many of them are in the KV cache, its pages and adapter stack."""
+    """One request under way: its ids so far, how many of them are in the KV cache, its pages and adapter stack.
+
+    `starts`, beside `stack`, are the positions from which each handle acts; empty, all act everywhere.
+    """
 
     index: int
     ids: list[int]
     stack: tuple[int, ...]
     computed: int = 0
     pages: list[int] = field(default_factory=list)
+    starts: tuple[int, ...] = ()
 
     @property
     def pending(self) -> int:
         """Tokens not yet run: the prompt's rest while prefilling, one while decoding."""
         return len(self.ids) - self.computed
+
+    def stack_at(self, position: int) -> tuple[int, ...]:
+        """The handles that act on the token at a position."""
+        starts = self.starts or (0,) * len(self.stack)
+        return tuple(handle for handle, at in zip(self.stack, starts, strict=True) if at <= position)
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,11 @@ class Slice:
     def completes(self) -> bool:
         """Whether the sequence's last token is in, so that its logits give the next one."""
         return self.count == self.sequence.pending
+
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """Its positions (start, stop), cut where the stack changes."""
+        start, stop = self.sequence.computed, self.sequence.computed + self.count
+        return pairwise(sorted({start, stop, *(at for at in self.sequence.starts if start < at < stop)}))
 
 
 class Scheduler:
@@ -106,16 +122,17 @@ class Scheduler:
 
 
 def build_batch(slices: SequenceOf[Slice], logit_rows: SequenceOf[int]) -> Batch:
-    """Lay slices out as the backend's ragged batch, one run each; logit_rows are rows of that batch."""
-    parts = [(piece.sequence, piece.sequence.computed, piece.count) for piece in slices]
+    """Lay slices out as the backend's ragged batch, in runs of one stack each; logit_rows are rows of that batch."""
+    runs = [(piece.sequence, start, stop) for piece in slices for start, stop in piece.runs()]
+    stacks = [sequence.stack_at(start) for sequence, start, _ in runs]
     return Batch(
-        tokens=_int32([t for s, start, count in parts for t in s.ids[start : start + count]]),
-        positions=_int32([p for _, start, count in parts for p in range(start, start + count)]),
-        run_start=_offsets([count for _, _, count in parts]),
-        page_start=_offsets([len(s.pages) for s, _, _ in parts]),
-        pages=_int32([page for s, _, _ in parts for page in s.pages]),
-        stack_start=_offsets([len(s.stack) for s, _, _ in parts]),
-        stacks=_int32([handle for s, _, _ in parts for handle in s.stack]),
+        tokens=_int32([t for s, start, stop in runs for t in s.ids[start:stop]]),
+        positions=_int32([p for _, start, stop in runs for p in range(start, stop)]),
+        run_start=_offsets([stop - start for _, start, stop in runs]),
+        page_start=_offsets([len(s.pages) for s, _, _ in runs]),
+        pages=_int32([page for s, _, _ in runs for page in s.pages]),
+        stack_start=_offsets([len(stack) for stack in stacks]),
+        stacks=_int32([handle for stack in stacks for handle in stack]),
         logit_rows=_int32(logit_rows),
     )
 
