@@ -84,7 +84,6 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "bdlora": ({"use_bdlora": {"nblocks": 2}}, "with use_bdlora: it needs a variant plugin"),
     "arrow": ({"arrow_config": {"top_k": 2}}, "with arrow_config: it needs a variant plugin"),
     "kasa": ({"kasa_config": {"beta": 1}}, "with kasa_config: it needs a variant plugin"),
-    "alora": ({"alora_invocation_tokens": [1, 2]}, "with alora_invocation_tokens: it needs a variant plugin"),
     "future method": ({"use_newlora": True}, "with use_newlora: it needs a variant plugin"),
     "another method": (
         {"peft_type": "XLORA"},
@@ -92,14 +91,6 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no type": ({"peft_type": None}, "no installed variant handles peft_type None"),
     "odd type": ({"peft_type": ["LORA"]}, "no installed variant handles peft_type ['LORA']"),
-    "modules": (
-        {"modules_to_save": ["lm_head"]},
-        "option modules_to_save = ['lm_head']: modules saved whole are not supported",
-    ),
-    "tokens": (
-        {"trainable_token_indices": [3]},
-        "option trainable_token_indices = [3]: trained token rows are not supported",
-    ),
     "parameters": ({"target_parameters": ["mlp.experts"]}, "option target_parameters = ['mlp.experts']"),
     "replication": ({"layer_replication": [[0, 2]]}, "option layer_replication = [[0, 2]]"),
     "megatron": ({"megatron_config": {"a": 1}}, "option megatron_config = {'a': 1}: unknown option"),

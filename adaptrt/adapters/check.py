@@ -8,16 +8,18 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptrt.adapters.carried import BIAS, CARRIED, check_carried
+from adaptrt.adapters.invocation import check_invocation
 from adaptrt.adapters.problems import Problems, brief
+from adaptrt.adapters.stored import QUANTIZED, is_factor, stored_dims
 from adaptrt.adapters.variant import Adapter, BaseWeight, Params, Target, Variant
 from adaptrt.errors import AdapterError
+from adaptrt.quant.plain import to_float32
 from adaptrt.tensor import Tensor
 
 PEFT_PREFIX = "base_model.model."
 
-# A role any target may have, whatever the variant: PEFT's bias="all" and "…_only" store whole new biases.
-REPLACED_BIAS = "replaced_bias"
-
+_INTEGERS = ("u8", "i32", "f32")
 # dtype → the integer view of an item and its exponent bits, which are all ones for NaN and infinity only
 _EXPONENT = {"f32": (np.uint32, 0x7F800000), "f16": (np.uint16, 0x7C00), "bf16": (np.uint16, 0x7F80)}
 
@@ -39,6 +41,7 @@ def check_adapter(
     """Every target exists in the base (`base` by target name), and its params and tensors fit the variant."""
     if not adapter.targets:
         problems.add("it adapts nothing")
+    check_invocation(adapter, problems)
     for target in adapter.targets:
         if target.target not in base:
             problems.add(f"target {brief(target.target)}: the base has no such tensor to adapt")
@@ -56,17 +59,24 @@ def check_target(
     """One target's params, roles, shapes and values; `tensors` by PEFT name."""
     roles = {role: tensors[name] for role, name in target.tensors.items()}
     labels = {role: name.removeprefix(PEFT_PREFIX) for role, name in target.tensors.items()}
-    bias = roles.pop(REPLACED_BIAS, None)
-    if bias is not None:
-        _check_shape(labels[REPLACED_BIAS], bias, ("out",), sizes(base), problems)
-        if base.bias() is None:
-            problems.add(f"{labels[REPLACED_BIAS]} replaces a bias that the base does not have")
-    if roles or bias is None:
-        _check_params(target.params, variant, problems)
-        _check_roles(roles, labels, variant, target.params, base, problems)
+    carried = {role: roles.pop(role) for role in CARRIED if role in roles}
+    for role, tensor in carried.items():
+        check_carried(role, labels[role], tensor, target.params, base, problems)
+        if CARRIED[role].alone and len(target.tensors) - (BIAS in carried) > 1:
+            problems.add(f"{labels[role]} replaces what other tensors of the target change")
+    brought = {name for role in carried for name in CARRIED[role].params}
+    params = {name: value for name, value in target.params.items() if name not in brought}
+    _check_params(params, variant.params if roles or not carried else {}, variant.name, problems)
+    if roles or not carried:
+        _check_roles(roles, labels, variant, params, base, problems)
     for role, name in target.tensors.items():
-        check = _check_integers if role in variant.integers else _check_values
-        check(labels[role], tensors[name], problems)
+        dtypes = _dtypes(role, variant)
+        if tensors[name].dtype in dtypes:
+            check = _check_integers if role in variant.integers else _check_values
+            check(labels[role], tensors[name], problems)
+        else:
+            found, expected = tensors[name].dtype, ", ".join(dtypes)
+            problems.add(f"{labels[role]} is of dtype {found}, expected {expected}")
 
 
 def sizes(base: BaseWeight) -> dict[str, int]:
@@ -75,11 +85,11 @@ def sizes(base: BaseWeight) -> dict[str, int]:
     return {"out": cols, "in": rows} if base.kind == "embedding" else {"out": rows, "in": cols}
 
 
-def _check_params(params: Params, variant: Variant, problems: Problems) -> None:
-    for name in sorted(params.keys() ^ variant.params.keys()):
-        what = "missing" if name in variant.params else f"unknown to variant {variant.name}"
+def _check_params(params: Params, types: Mapping[str, type], variant: str, problems: Problems) -> None:
+    for name in sorted(params.keys() ^ types.keys()):
+        what = "missing" if name in types else f"unknown to variant {variant}"
         problems.add(f"param {brief(name)[1:-1]} is {what}")
-    for name, expected in variant.params.items():
+    for name, expected in types.items():
         value = params.get(name)
         if name in params and not _is_a(value, expected):
             problems.add(f"param {name} is {brief(value)}, expected {_EXPECTED[expected]}")
@@ -107,7 +117,8 @@ def _check_roles(
     known = {name: int(value) for name, value in params.items() if type(value) is int} | sizes(base)
     for role, tensor in roles.items():
         if role in variant.roles:
-            _check_shape(labels[role], tensor, variant.roles[role], known, problems)
+            dims = stored_dims(variant.roles[role], tensor.dtype)
+            _check_shape(labels[role], tensor, dims, known, problems)
         else:
             problems.add(f"role {brief(role)} is unknown to variant {variant.name}")
 
@@ -127,9 +138,16 @@ def _check_shape(
         problems.add(f"{label} is {list(found)}, expected [{', '.join(map(str, expected))}] ({names})")
 
 
+def _dtypes(role: str, variant: Variant) -> tuple[str, ...]:
+    """What a role may be stored in."""
+    factor = is_factor(variant.roles.get(role, ()))
+    return _INTEGERS if role in variant.integers else (*_EXPONENT, *(QUANTIZED if factor else ()))
+
+
 def _check_values(label: str, tensor: Tensor, problems: Problems) -> None:
+    if tensor.dtype in QUANTIZED and not np.isfinite(to_float32(tensor)).all():
+        problems.add(f"{label} holds NaN or infinity")
     if tensor.dtype not in _EXPONENT:
-        problems.add(f"{label} is of dtype {tensor.dtype}, expected {', '.join(_EXPONENT)}")
         return
     item, exponent = _EXPONENT[tensor.dtype]
     bits: NDArray[np.unsignedinteger] = tensor.data.view(item)
@@ -140,9 +158,7 @@ def _check_values(label: str, tensor: Tensor, problems: Problems) -> None:
 
 def _check_integers(label: str, tensor: Tensor, problems: Problems) -> None:
     """Whole numbers, which PEFT stores as f32 on Windows."""
-    if tensor.dtype not in ("u8", "i32", "f32"):
-        problems.add(f"{label} is of dtype {tensor.dtype}, expected u8, i32 or f32")
-    elif tensor.dtype == "f32":
+    if tensor.dtype == "f32":
         values = tensor.data.view(np.float32)
         if not ((np.abs(values) < 2**31) & (values == np.rint(values))).all():
             problems.add(f"{label} holds numbers that are not whole or beyond 32 bits")

@@ -35,12 +35,12 @@ def other_methods(config: Mapping[str, Any]) -> frozenset[str]:
 
 
 def _initialisation(value: object) -> str | None:
-    if value is None or (value.lower() if isinstance(value, str) else value) in KEEPS_BASE:
+    name = value.lower() if isinstance(value, str) else value
+    if name is None or name in KEEPS_BASE:
         return None
-    return (
-        "this initialisation changed the base; save the adapter with PEFT's "
-        "path_initial_model_for_weight_conversion to get one for the original base"
-    )
+    if name == "loftq":
+        return "this initialisation changed the base by more than its factors say: only that base fits"
+    return "this initialisation changed the base; it takes the adapter as it was initialised (--initial DIR)"
 
 
 class LoraVariant(Variant):

@@ -123,10 +123,25 @@ def _match_cost(pattern: str) -> int:
 
 
 def bias(value: object) -> str | None:
-    """`none`, `all` or `<method>_only`; it stores replacements (adapters/check.py, REPLACED_BIAS)."""
+    """`none`, `all` or `<method>_only`; it stores replacements (adapters/carried.py)."""
     if isinstance(value, str) and (value in ("none", "all") or value.endswith("_only")):
         return None
     return "expected none, all or a method's _only"
+
+
+def names(value: object) -> str | None:
+    """Null, or a list of names."""
+    if value is None or (isinstance(value, list) and all(isinstance(name, str) and name for name in value)):
+        return None
+    return "expected a list of names"
+
+
+def token_rows(value: object) -> str | None:
+    """Null, a list of token ids, or an object of such lists by module name."""
+    lists = value.values() if isinstance(value, dict) else [value]
+    if value is None or all(isinstance(ids, list) and all(type(i) is int for i in ids) for ids in lists):
+        return None
+    return "expected a list of token ids, or an object of them"
 
 
 _BOOKKEEPING = (
@@ -137,8 +152,8 @@ _BOOKKEEPING = (
 COMMON_OPTIONS: Mapping[str, Rule] = {
     **dict.fromkeys(_BOOKKEEPING, any_value),
     "bias": bias,
-    "modules_to_save": rest("modules saved whole are not supported"),
-    "trainable_token_indices": rest("trained token rows are not supported"),
+    "modules_to_save": names,  # and with the next one: replacements too
+    "trainable_token_indices": token_rows,
     "target_parameters": rest("adapted parameters of mixture-of-experts layers are not supported"),
     "layer_replication": rest("it needs a base with replicated layers"),
     "ensure_weight_tying": boolean,  # PEFT saves the tied adapter under both modules

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 
-from adaptrt.adapters.check import REPLACED_BIAS, check_adapter, find_variant, sizes
+from adaptrt.adapters.carried import CARRIED
+from adaptrt.adapters.check import check_adapter, find_variant, sizes
 from adaptrt.adapters.fit import AttachPoint, check_fit
 from adaptrt.adapters.normal import Lowered, LoweredAdapter
 from adaptrt.adapters.problems import Problems
+from adaptrt.adapters.stored import declared_form, with_stored
 from adaptrt.adapters.variant import Adapter, BaseWeight, Target, Variant
 from adaptrt.errors import AdapterError
-from adaptrt.quant.plain import to_float32
 from adaptrt.tensor import Tensor
 
 
@@ -68,10 +68,16 @@ def _lower_target(
     target: Target, tensors: Mapping[str, Tensor], variant: Variant, base: BaseWeight, scale: float
 ) -> Lowered:
     roles = {role: tensors[name] for role, name in target.tensors.items()}
-    replaced = roles.pop(REPLACED_BIAS, None)
-    lowered = variant.lower(target.params, roles, base, scale) if roles else Lowered()
-    if replaced is None:
-        return lowered
-    old = base.bias()
-    change = np.float32(scale) * (to_float32(replaced) - (0 if old is None else old))
-    return replace(lowered, c=change if lowered.c is None else lowered.c + change)
+    carried = {role: roles.pop(role) for role in CARRIED if role in roles}
+    lowered = _lower_own(target, roles, variant, base, scale) if roles else Lowered()
+    for role, tensor in carried.items():
+        lowered = CARRIED[role].add(lowered, tensor, target.params, base, scale)
+    return lowered
+
+
+def _lower_own(
+    target: Target, roles: Mapping[str, Tensor], variant: Variant, base: BaseWeight, scale: float
+) -> Lowered:
+    given = {role: declared_form(tensor, variant.roles[role]) for role, tensor in roles.items()}
+    stored = {given[role]: roles[role] for role in roles}
+    return with_stored(variant.lower(target.params, given, base, scale), stored)

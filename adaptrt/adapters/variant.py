@@ -63,7 +63,8 @@ class Target:
     """One adapted tensor with its resolved semantics: nothing is left to recompute from a config.
 
     `target` is the file's name for it (`blk.0.attn_q`), `params` holds JSON scalars such as rank and scale,
-    and `tensors` maps a role (`A`, `B`, `bias`, …) to the PEFT tensor name in `Adapter.tensors`.
+    and `tensors` maps a role (`A`, `B`, `bias`, …) to the PEFT tensor name in `Adapter.tensors`. Besides the
+    variant's own there are the roles that any target may carry (adapters/carried.py).
     """
 
     target: str

@@ -30,12 +30,15 @@ def show_adapter_notes(adapter: Adapter) -> None:
 
 class _Warnings(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        note(f"{record.levelname.lower()}: {' '.join(record.getMessage().split())}")
+        level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        note(level + " ".join(record.getMessage().split()))
 
 
 def show_warnings() -> None:
-    """Send the library's warnings to stderr, one line each."""
-    logging.getLogger("adaptrt").handlers = [_Warnings()]
+    """Send the library's notes and warnings to stderr, one line each."""
+    logger = logging.getLogger("adaptrt")
+    logger.handlers = [_Warnings()]
+    logger.setLevel(logging.INFO)
 
 
 class Progress:

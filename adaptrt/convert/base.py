@@ -11,6 +11,7 @@ from adaptrt.errors import ConvertError
 from adaptrt.model.llama import LlamaArchitecture
 
 if TYPE_CHECKING:
+    from adaptrt.adapters.stored import AdapterDtype
     from adaptrt.adapters.variant import Variant
     from adaptrt.model.architecture import Architecture
 
@@ -23,7 +24,8 @@ Progress = Callable[[int, int, str], None]  # bytes of input done, bytes in all,
 class ConvertOptions:
     """What the user may choose. `dtype` is for linear layers, `head` for the embedding and the head.
 
-    None means the default: nf4, and what `head_dtype` says. `base` is the `.adrt` file an adapter belongs to.
+    None means the default: nf4, and what `head_dtype` says. `base` is the `.adrt` file an adapter belongs to,
+    `adapter_dtype` what its large tensors are stored in, `initial` the folder of the adapter as it was initialised.
     `architectures` and `variants` are the installed ones by name, handed down by whoever built the plugin registry.
     """
 
@@ -31,6 +33,8 @@ class ConvertOptions:
     head: WeightDtype | None = None
     name: str | None = None
     base: Path | None = None
+    adapter_dtype: AdapterDtype | None = None
+    initial: Path | None = None
     architectures: Mapping[str, Architecture] = field(default_factory=lambda: {"llama": LlamaArchitecture()})
     variants: Mapping[str, Variant] = field(default_factory=dict)
 

@@ -52,8 +52,9 @@ class HfImporter:
         src = Path(src)
         if not (src / "config.json").exists():
             raise ConvertError(f"{src}: not a Hugging Face model folder, it has no config.json")
-        if options.base is not None:
-            raise ConvertError(f"{src}: is a model folder; option base goes with an adapter folder")
+        for key in ("base", "adapter_dtype", "initial"):
+            if getattr(options, key) is not None:
+                raise ConvertError(f"{src}: is a model folder; option {key} goes with an adapter folder")
         config = read_json(src / "config.json", JSON_LIMIT)
         architecture = _architecture(src, config, options.architectures)
         metadata = _metadata(src, config, architecture, options)

@@ -98,8 +98,8 @@ class Oracle:
             names = [f"a{index}" for index in range(len(adapters))]
             model.base_model.set_adapter(names)
             for module in model.modules():
-                if not isinstance(module, BaseTunerLayer):
-                    continue
+                if not isinstance(module, BaseTunerLayer) or not hasattr(module, "scaling"):
+                    continue  # TrainableTokensLayer has no scale
                 for name, (_, scale) in zip(names, adapters, strict=True):
                     if name in module.scaling:
                         module.scaling[name] *= scale
