@@ -1,4 +1,4 @@
-"""`convert`, `pack` and `adapter add` killed at random moments: what is left opens rightly or is not there.
+"""`convert`, `pack`, `adapter add` and `merge` killed at random moments: what is left opens rightly or is not there.
 
 The long version: ADAPTRT_KILLS=200.
 """
@@ -105,6 +105,27 @@ def test_pack_over_an_existing_file(files: Files, tmp_path: Path) -> None:
 
     args = ["pack", "--force", out, files.base, files.adapter]
     kill_at_random(args, lambda: shutil.copyfile(files.base, out), check)
+
+
+@pytest.mark.parametrize("to", ["adrt", "hf"])
+def test_merge(to: str, files: Files, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def content() -> list[bytes]:
+        return [path.read_bytes() for path in (sorted(out.iterdir()) if out.is_dir() else [out])]
+
+    def prepare() -> None:
+        shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
+
+    args = ["merge", files.base, files.adapter, "-o", out, "--to", to]
+    assert adaptrt_cli(*args).code == 0
+    whole = content()
+
+    def check(finished: bool) -> None:
+        assert out.exists() or not finished
+        assert not out.exists() or content() == whole
+
+    kill_at_random(args, prepare, check)
 
 
 def test_adapter_add(files: Files, tmp_path: Path) -> None:

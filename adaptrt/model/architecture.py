@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from adaptrt.errors import ModelError
 from adaptrt.program import Program
 
 Role = Literal["linear", "embedding", "head", "norm", "bias"]
@@ -46,3 +47,11 @@ class Architecture(ABC):
     @abstractmethod
     def program(self, metadata: Metadata) -> Program:
         """The computation. Raises ModelError naming a missing or impossible metadata key."""
+
+    def config(self, metadata: Metadata) -> dict[str, Any]:
+        """A config.json that transformers reads, the inverse of `metadata`. Raises ModelError where there is none."""
+        raise ModelError(f"architecture {self.name!r} cannot be written as a Hugging Face folder")
+
+    def untied(self, metadata: Metadata) -> dict[str, Any]:
+        """The metadata with a head of its own beside the embedding. Raises ModelError where that cannot be."""
+        raise ModelError(f"architecture {self.name!r} has no head apart from its embedding")

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptrt.model.architecture import Architecture, Metadata, TensorSpec
-from adaptrt.model.llama_config import LlamaShape, read_config
+from adaptrt.model.llama_config import LlamaShape, read_config, write_config
 from adaptrt.program import Add, Attention, Embed, Gated, Linear, Logits, Norm, Op, Program, Rope
 
 INV_FREQ = "rope.inv_freq"
@@ -33,6 +33,14 @@ class LlamaArchitecture(Architecture):
     def tensors(self, metadata: Metadata) -> tuple[TensorSpec, ...]:
         """See Architecture.tensors."""
         return tuple(_tensors(LlamaShape.read(metadata)))
+
+    def config(self, metadata: Metadata) -> dict[str, Any]:
+        """See Architecture.config."""
+        return {"architectures": list(self.hf_architectures)} | write_config(LlamaShape.read(metadata).values)
+
+    def untied(self, metadata: Metadata) -> dict[str, Any]:
+        """See Architecture.untied."""
+        return {**metadata, "llama.tie_word_embeddings": False}
 
     def program(self, metadata: Metadata) -> Program:
         """See Architecture.program."""

@@ -230,6 +230,19 @@ def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
+def write_config(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Checked values by metadata key as config.json, RoPE in the form that every transformers reads."""
+    numbers = {number.config: values[key] for key, number in _NUMBERS.items()}
+    flags = {name: values[key] for key, name in _FLAGS.items()}
+    kind = values.get("rope.scaling.type")
+    scaling = None
+    if kind is not None:
+        scaling = {"rope_type": kind} | {
+            _SCALING_NUMBERS[key].config: values[key] for key in _SCALING_KEYS[kind]
+        }
+    return {"model_type": "llama", "hidden_act": "silu", "rope_scaling": scaling} | numbers | flags
+
+
 def _from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     rope = _rope_options(config)
     found = {key: _or(config.get(number.config), number.default) for key, number in _NUMBERS.items()}
