@@ -15,9 +15,10 @@ from typing import Any, Literal, cast, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptrt.adapters.algebra import Combination, Recipe, SignMethod, combine
 from adaptrt.adapters.base import BaseView, open_base
 from adaptrt.adapters.stack import lower
-from adaptrt.adapters.storage import PREFIX, check_base, list_adapters, only_adapter, read_adapter
+from adaptrt.adapters.storage import PREFIX, check_base, check_name, list_adapters, only_adapter, read_adapter
 from adaptrt.adapters.variant import Adapter, Variant
 from adaptrt.backends.base import Backend, LoadOptions, Precision
 from adaptrt.convert.peft import import_peft
@@ -216,6 +217,34 @@ class Model:
         finally:
             self._active = active
 
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: Combination = "svd",
+        svd_rank: int | None = None,
+        density: float | None = None,
+        majority_sign_method: SignMethod = "total",
+        seed: int = 0,
+    ) -> str:
+        """Load a new LoRA made of loaded ones, as PEFT's method of this name does; returns its name.
+
+        `density` is the share of values that ties, dare_… and magnitude_prune keep; `seed` draws what dare_… drops.
+        Raises AdapterError naming an adapter that is no LoRA or rsLoRA, or ranks that do not go together.
+        """
+        check_name(adapter_name)
+        recipe = Recipe(combination_type, svd_rank, density, majority_sign_method, seed)
+        self._resolve(list(adapters))
+        loaded = self._adapters.loaded
+        for name in adapters:
+            if name not in loaded:
+                known = ", ".join(sorted(loaded)) or "none"
+                raise UnknownAdapterError(f"adapter {name!r}: not loaded; loaded: {known}")
+        combined = combine([loaded[name] for name in adapters], weights, adapter_name, recipe)
+        self._adapters.add(adapter_name, combined)
+        return adapter_name
+
     def _lower(self, adapter: Adapter, scale: float) -> Mapping[str, Any]:
         return lower(adapter, self._registry.variants, self._base, scale)
 
@@ -344,7 +373,12 @@ class Model:
         tokenizer = self.tokenizer if "tokenizer" in self._file.sections else None
         with ExitStack() as pins:
             jobs = [
-                Job(index, ids, pins.enter_context(self._adapters.use(stack)), sampling)
+                Job(
+                    index,
+                    ids,
+                    *self._adapters.place(pins.enter_context(self._adapters.use(stack)), ids),
+                    sampling,
+                )
                 for index, (ids, stack, sampling) in enumerate(concrete)
             ]
             yield from self._engine.generate(jobs, tokenizer)
@@ -354,7 +388,8 @@ class Model:
     def logits(self, token_ids: Sequence[int], adapters: AdapterSpec = None) -> NDArray[np.float32]:
         """Logits after every token of one sequence: float32 [tokens, vocab]."""
         with self._adapters.use(self._resolve(adapters)) as handles:
-            return np.concatenate(list(self._engine.logits([int(token) for token in token_ids], handles)))
+            ids = [int(token) for token in token_ids]
+            return np.concatenate(list(self._engine.logits(ids, *self._adapters.place(handles, ids))))
 
     def perplexity(
         self,
@@ -388,7 +423,7 @@ class Model:
     def _negative_log_likelihood(self, ids: list[int], handles: tuple[int, ...]) -> float:
         """Summed over ids[1:], in nats."""
         total, done = 0.0, 0
-        for logits in self._engine.logits(ids, handles):
+        for logits in self._engine.logits(ids, *self._adapters.place(handles, ids)):
             targets = ids[done + 1 : done + 1 + len(logits)]
             rows = logits[: len(targets)].astype(np.float64)
             top = rows.max(axis=1)

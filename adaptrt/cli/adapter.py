@@ -1,18 +1,25 @@
-"""`adaptrt adapter add|remove|list`: the adapters inside a file; its base is neither moved nor rewritten."""
+"""`adaptrt adapter add|remove|list|combine`: what is inside a file, whose base stays as it is; one of several."""
 
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, get_args
 
 import click
 
+from adaptrt.adapters.algebra import Combination, Recipe, SignMethod, combine
 from adaptrt.adapters.base import open_base
-from adaptrt.adapters.storage import PREFIX, list_adapters
+from adaptrt.adapters.stack import lower
+from adaptrt.adapters.storage import PREFIX, check_name, list_adapters
+from adaptrt.api import find_adapter
 from adaptrt.cli.inspect import adapter_line, describe_adapter
-from adaptrt.cli.notes import note
-from adaptrt.cli.options import PATH, as_json, model_path
+from adaptrt.cli.notes import Progress, note
+from adaptrt.cli.options import PATH, as_json, check_new, grouped, model_path, parse_adapter
 from adaptrt.cli.store import store_adapter
+from adaptrt.convert.peft import write_adapter_file
 from adaptrt.errors import UnknownAdapterError
 from adaptrt.format import append, open_file
 from adaptrt.plugins import load_registry
@@ -20,7 +27,7 @@ from adaptrt.plugins import load_registry
 
 @click.group()
 def command() -> None:
-    """Add, remove or list the adapters inside a file."""
+    """Add, remove or list the adapters inside a file; combine several into one."""
 
 
 @command.command()
@@ -48,6 +55,64 @@ def remove(file: Path, name: str) -> None:
             )
         appender.remove(PREFIX + name)
     note(f"removed adapter {name} from {file}")
+
+
+def _build_recipe(**values: Any) -> Recipe:
+    return Recipe(**values)
+
+
+recipe_options = grouped(
+    "recipe",
+    _build_recipe,
+    click.option(
+        "--type",
+        "combination_type",
+        type=click.Choice(get_args(Combination)),
+        default="svd",
+        show_default=True,
+        help="How, by PEFT's names.",
+    ),
+    click.option("--rank", "svd_rank", type=int, help="Of the result, for svd.  [default: the largest]"),
+    click.option(
+        "--density", type=float, help="The share of values to keep, for ties, dare and magnitude_prune."
+    ),
+    click.option(
+        "--sign",
+        "majority_sign_method",
+        type=click.Choice(get_args(SignMethod)),
+        default="total",
+        show_default=True,
+        help="What elects a sign, for ties.",
+    ),
+    click.option("--seed", type=int, default=0, show_default=True, help="What dare drops."),
+)
+
+
+@command.command("combine")
+@click.argument("out", type=PATH, metavar="OUT.adrt")
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]...")
+@click.option("--base", required=True, metavar="BASE", help="The .adrt file that they belong to.")
+@recipe_options
+@click.option("--name", help="The name to store.  [default: OUT's]")
+@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+def combine_command(
+    out: Path, adapters: tuple[str, ...], base: str, recipe: Recipe, name: str | None, force: bool
+) -> None:
+    """Make one LoRA of several LoRAs and rsLoRAs: .adrt files, PEFT folders or names inside BASE."""
+    source, choices = model_path(base), [parse_adapter(text) for text in adapters]
+    check_new(out, [source, *(Path(choice.source) for choice in choices)], force)
+    check_name(name or out.stem)
+    registry = load_registry()
+    with ExitStack() as cleanup:
+        file = cleanup.enter_context(open_file(source))
+        view = open_base(file, registry.architectures)
+        found = [find_adapter(choice.source, file, view, registry.variants, cleanup) for choice in choices]
+        with Progress(f"combining into {out}") as progress:
+            weights = [choice.scale for choice in choices]
+            adapter = combine(found, weights, name or out.stem, recipe, progress)
+        lower(adapter, registry.variants, view, 1.0)  # what cannot be run is not written
+        write_adapter_file(out, replace(adapter, base=view.record()))
+    note(f"wrote {out}, {out.stat().st_size / 1e6:.1f} MB")
 
 
 @command.command("list")
