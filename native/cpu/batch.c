@@ -142,7 +142,8 @@ static bool plan_application(plan *p, instruction *in, const segment *where, con
   p->applications = p->application_buffer.data;
   p->applications[p->n_applications++] = (application){where, what, p->n_hidden};
   in->n_applications++;
-  if (what->g_in || what->rotation) in->maps_input = true;
+  in->maps_input |= what->g_in || what->rotation;
+  in->adds_constant |= what->c != NULL;
   for (int32_t k = 0; k < what->n_terms; k++)
     if (!plan_term(p, in, where, &what->terms[k])) return false;
   return true;
@@ -157,6 +158,7 @@ static bool plan_instruction(adrt_executable *e, instruction *in) {
   in->first_shrink = p->n_shrinks;
   in->n_applications = in->n_shrinks = 0;
   in->maps_input = false;
+  in->adds_constant = in->bias != NULL;
   for (int64_t s = 0; in->op.target >= 0 && s < n; s++) {
     for (int32_t i = 0; i < segments[s].n; i++) {
       const adapter *a = e->adapters[p->batch->stacks[segments[s].first + i]];
@@ -228,7 +230,7 @@ int cpu_plan(adrt_executable *e, const adrt_batch *b, adrt_error *error) {
   bool ok = reserve_room(e, b) && plan_segments(p, b);
   for (int32_t i = 0; ok && i < e->n_instructions; i++)
     if (is_product(e->instructions[i].op.kind)) ok = plan_instruction(e, &e->instructions[i]);
-  ok = ok && buffer_reserve(&p->hidden_buffer, p->n_hidden, sizeof *p->hidden);
+  ok = ok && cpu_plan_fetches(e) && buffer_reserve(&p->hidden_buffer, p->n_hidden, sizeof *p->hidden);
   if (!ok)
     return cpu_fail(error, ADRT_NO_MEMORY, "no memory for a step of %d tokens and %d logit rows", b->n_tokens,
                     b->n_logits);

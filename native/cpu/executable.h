@@ -23,6 +23,12 @@ enum {
   GATHER = ADRT_LOGITS + 1 /* internal: picks logit rows */
 };
 
+/* Memory for panels, given back when its last user is gone. */
+typedef struct {
+  uint8_t *memory;
+  int64_t bytes, used, users;
+} arena;
+
 /* An adapter's U, or its rotation, as panels [ceil(out/16)][rank][16], so that adding U h streams; made once for all
  * adapters whose tensor has the same data pointer. Quantized panels hold codes (kernels.h). */
 typedef struct panels {
@@ -32,6 +38,7 @@ typedef struct panels {
   int32_t dtype; /* of the panels */
   int64_t rank, stride; /* items in a panel */
   uint8_t *items;
+  arena *arena; /* where the items lie */
   float *scales; /* int8, nf4: [ceil(out/64)][rank] */
 } panels;
 
@@ -82,6 +89,13 @@ typedef struct {
   int64_t row0, n_rows;
 } shrink_job;
 
+/* Rows of a term's v that the next products will read; contiguous ones count as one. */
+typedef struct {
+  const uint8_t *data;
+  int64_t rows, row_bytes, row_stride;
+  int64_t start; /* bytes before it in plan.fetches */
+} fetch;
+
 typedef struct {
   adrt_op op;
   int64_t width;      /* of out, or rows of LOGITS */
@@ -96,10 +110,11 @@ typedef struct {
   /* of the current step */
   int64_t first_application, n_applications;
   int64_t first_shrink, n_shrinks;
+  int64_t first_fetch, fetch_start, fetch_end; /* its share of plan.fetches, in bytes */
   const float *x; /* activations that the product reads [n, x_stride] */
   int64_t x_stride;
   float *prepared;   /* where this operation itself writes x, or NULL */
-  bool maps_input;   /* some application has g_in or a rotation */
+  bool maps_input, adds_constant; /* some application has g_in or a rotation; c, or there is a bias */
   const float *plain; /* the input as it was before this operation, [n, plain_stride], for terms */
   int64_t plain_stride;
   float *kept; /* where it is copied to when the output replaces it, or NULL */
@@ -134,10 +149,12 @@ typedef struct {
   int64_t n_applications;
   shrink_job *shrinks;
   int64_t n_shrinks;
+  fetch *fetches;
+  int64_t n_fetches, fetch_bytes;
   float *hidden;
   int64_t n_hidden;
   buffer run_buffer, token_segment_buffer, logit_segment_buffer, application_buffer, shrink_buffer,
-      hidden_buffer;
+      fetch_buffer, hidden_buffer;
 } plan;
 
 struct adrt_executable {
@@ -176,6 +193,7 @@ struct adrt_executable {
   buffer adapter_buffer;
   int64_t max_rank; /* of any term attached so far */
   panels *panels;
+  arena *arena; /* with room left, perhaps, or NULL */
 
   int64_t max_cols, max_group, max_head; /* widest product input; most query heads a KV head; largest head */
   int64_t scratch_floats;
@@ -205,6 +223,10 @@ void cpu_free_adapter(adrt_executable *e, adapter *a);
  * short. */
 panels *cpu_share_panels(adrt_executable *e, const matrix *source);
 void cpu_release_panels(adrt_executable *e, panels *p);
+/* The panel that holds a row. */
+static inline const uint8_t *cpu_panel(const panels *p, int64_t row) {
+  return p->items + cpu_bytes_of(p->dtype, row / PANEL * p->stride);
+}
 
 /* Check the term `k` of a target and make ready what it needs; a failed one holds nothing. */
 int cpu_make_term(adrt_executable *e, const adrt_term *in, int32_t target, int32_t k, term *out, adrt_error *error);
@@ -218,6 +240,10 @@ void cpu_add_term(const adrt_executable *e, const instruction *in, const term *t
 void cpu_add_embedded(const adrt_executable *e, const term *t, int32_t token, int64_t width, float *out,
                       float *scratch);
 int64_t cpu_term_scratch(const adrt_executable *e); /* floats */
+
+bool cpu_plan_fetches(adrt_executable *e); /* false when memory is short */
+/* What an item of a product fetches for itself and for the operations after it. */
+void cpu_fetch_ahead(const adrt_executable *e, const instruction *in, int64_t row0, int64_t n_rows);
 int cpu_step(adrt_executable *e, const adrt_batch *batch, adrt_error *error);
 
 /* The items of an operation in a phase, and the work of one of them. */

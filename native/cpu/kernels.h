@@ -21,8 +21,7 @@ typedef void product_kernel(const matrix *m, int64_t row0, int64_t n_rows, const
                             int64_t n_tokens, float *y, int64_t y_stride);
 
 /* y[t * y_stride + r] += sum over k < rank of u[r / 16][k][r % 16] * h[t * h_stride + k], r < n_rows; the
- * panels of 16 rows are `panel_stride` items apart and complete. Codes of int8 and nf4 are not scaled; 16 bytes
- * of nf4 are step k in the high nibbles and k + 1 in the low ones. */
+ * panels of 16 rows are `panel_stride` items apart and complete. */
 typedef void expand_kernel(const void *panels, int64_t panel_stride, int64_t rank, int64_t n_rows,
                            const float *h, int64_t h_stride, int64_t n_tokens, float *y, int64_t y_stride);
 
@@ -33,7 +32,12 @@ typedef struct {
   product_kernel *exact[N_DTYPES]; /* nf4: cols a multiple of 64, X_SPLIT; the others X_PLAIN */
   product_kernel
       *fast[N_DTYPES]; /* NULL: use exact; rows >= 16, cols a multiple of 64; X_INTEGER, nf4: X_INTEGER_SPLIT */
-  expand_kernel *expand[N_DTYPES];
+  expand_kernel *expand[3]; /* f32, f16, bf16 */
+  /* For adapters: the same for few rows at a time, of any dtype. Codes of int8 and nf4 are not scaled; 16 bytes of
+   * nf4 are step k in the high nibbles and k + 1 in the low ones. */
+  expand_kernel *add_low_rank[N_DTYPES];
+  /* The same results as exact's, for one token and rows that are in the cache; f32, f16, bf16, cols a multiple of 64. */
+  product_kernel *shrink[3];
   void (*quantize)(const float *x, int64_t n, bool split, float *out); /* for `fast`; n a multiple of 64 */
   void (*split)(const float *x, int64_t n, float *out);                /* X_SPLIT; n a multiple of 32 */
   void (*norm)(const float *x, const float *weight, float eps, int64_t n, float *out);

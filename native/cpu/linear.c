@@ -23,7 +23,7 @@ static void rotate(const adrt_executable *e, const attachment *a, const float *x
   for (int64_t first = 0; first < cols; first += b) {
     const float *block = a->rotation + first * b;
     if (r)
-      e->kernels->expand[ADRT_F32](r->items + cpu_bytes_of(ADRT_F32, first / PANEL * r->stride), r->stride, b, b,
+      e->kernels->expand[ADRT_F32](cpu_panel(r, first), r->stride, b, b,
                                    x + first, stride, n, out + first, stride);
     for (int64_t t = 0; !r && t < n; t++)
       for (int64_t i = 0; i < b; i++)
@@ -106,13 +106,9 @@ static void add_constants(const adrt_executable *e, const instruction *in, int64
     const segment *where = a < end && a->where->start <= t ? a->where : NULL;
     memset(constant, 0, (size_t)n_rows * sizeof *constant);
     if (in->bias) memcpy(constant, in->bias + row0, (size_t)n_rows * sizeof *constant);
-    bool any = in->bias != NULL;
-    for (; where && a < end && a->where == where; a++) {
-      accumulate(a->what, row0, n_rows, constant);
-      any |= a->what->c != NULL;
-    }
+    for (; where && a < end && a->where == where; a++) accumulate(a->what, row0, n_rows, constant);
     for (stop = where ? t + where->count : a < end ? a->where->start : n; t < stop; t++)
-      if (any) add(y + t * stride, constant, n_rows);
+      add(y + t * stride, constant, n_rows);
   }
 }
 
@@ -121,13 +117,14 @@ static void compute_rows(const adrt_executable *e, const instruction *in, int64_
   int64_t left = in->width - row0, n_rows = left < in->rows_per_item ? left : in->rows_per_item;
   int64_t n = tokens_of(e, in), stride = logits ? in->width : e->strides[in->op.out];
   float *y = (logits ? e->plan.batch->logits : e->registers[in->op.out]) + row0;
+  cpu_fetch_ahead(e, in, row0, n_rows);
   if (needs_decoding(&in->weight))
     product_decoded(in, row0, n_rows, n, y, stride, scratch);
   else
     in->product(&in->weight, row0, n_rows, in->x, in->x_stride, n, y, stride);
   for (int64_t i = 0; i < in->n_applications; i++)
     apply(e, in, &applications_of(e, in)[i], row0, n_rows, y, stride, scratch);
-  if (in->bias || in->n_applications) add_constants(e, in, row0, n_rows, y, stride, scratch);
+  if (in->adds_constant) add_constants(e, in, row0, n_rows, y, stride, scratch);
 }
 
 static int64_t prepare_items(const adrt_executable *e, const instruction *in) {

@@ -1,7 +1,51 @@
 /* Adapters' U in the order in which it is added: panels (executable.h), made once for all who share the tensor. */
+#include <stdlib.h>
 #include <string.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "executable.h"
+
+/* Panels lie together in huge pages: a step reads about a kilobyte of each here and there, which in ordinary pages
+ * would cost a walk through the page tables every time. */
+enum { ARENA_BYTES = 2 << 20 };
+
+static arena *new_arena(int64_t bytes) {
+  arena *a = cpu_calloc(1, sizeof *a);
+  bytes = cpu_align(bytes, ARENA_BYTES);
+  void *memory = NULL;
+  if (!a || posix_memalign(&memory, ARENA_BYTES, (size_t)bytes)) {
+    cpu_free(a);
+    return NULL;
+  }
+#if defined(MADV_HUGEPAGE)
+  madvise(memory, (size_t)bytes, MADV_HUGEPAGE); /* a wish; without it only time is lost */
+#endif
+  *a = (arena){memory, bytes, 0, 0};
+  return a;
+}
+
+static void release_memory(adrt_executable *e, arena *a) {
+  if (!a || --a->users) return;
+  if (e->arena == a) e->arena = NULL;
+  free(a->memory);
+  cpu_free(a);
+}
+
+/* Zeroed memory of the newest arena, or of another one when it is full; NULL when memory is short. */
+static uint8_t *take_memory(adrt_executable *e, int64_t bytes, arena **owner) {
+  arena *a = e->arena;
+  bytes = cpu_align(bytes, 64);
+  if (!a || a->bytes - a->used < bytes) a = new_arena(bytes);
+  if (!a) return NULL;
+  e->arena = *owner = a;
+  uint8_t *memory = a->memory + a->used;
+  a->used += bytes;
+  a->users++;
+  memset(memory, 0, (size_t)bytes);
+  return memory;
+}
 
 static void fill_floats(panels *p) {
   const matrix *m = &p->source;
@@ -39,7 +83,7 @@ static bool fill_decoded(panels *p) {
   return true;
 }
 
-static bool fill(panels *p) {
+static bool fill(adrt_executable *e, panels *p) {
   const matrix *m = &p->source;
   bool quantized = cpu_is_quantized(m->dtype), decoded = m->dtype == ADRT_NF4 && m->cols % BLOCK;
   int64_t out = quantized ? m->cols : m->rows;
@@ -47,7 +91,7 @@ static bool fill(panels *p) {
   p->dtype = decoded ? ADRT_F32 : m->dtype;
   p->stride = cpu_align(p->rank, p->dtype == ADRT_NF4 ? 2 : 1) * PANEL;
   int64_t items = cpu_product(cpu_align(out, PANEL) / PANEL, p->stride, 4); /* the factor: no overflow in bytes */
-  if (items < 0 || !(p->items = cpu_calloc(cpu_bytes_of(p->dtype, items / 4), 1))) return false;
+  if (items < 0 || !(p->items = take_memory(e, cpu_bytes_of(p->dtype, items / 4), &p->arena))) return false;
   if (decoded) return fill_decoded(p);
   if (!quantized) {
     fill_floats(p);
@@ -58,8 +102,8 @@ static bool fill(panels *p) {
   return true;
 }
 
-static void free_panels(panels *p) {
-  cpu_free(p->items);
+static void free_panels(adrt_executable *e, panels *p) {
+  release_memory(e, p->arena);
   cpu_free(p->scales);
   cpu_free(p);
 }
@@ -76,8 +120,8 @@ panels *cpu_share_panels(adrt_executable *e, const matrix *source) {
   panels *p = cpu_calloc(1, sizeof *p);
   if (!p) return NULL;
   *p = (panels){.next = e->panels, .source = *source, .references = 1};
-  if (!fill(p)) {
-    free_panels(p);
+  if (!fill(e, p)) {
+    free_panels(e, p);
     return NULL;
   }
   return e->panels = p;
@@ -88,5 +132,5 @@ void cpu_release_panels(adrt_executable *e, panels *p) {
   panels **link = &e->panels;
   while (*link != p) link = &(*link)->next;
   *link = p->next;
-  free_panels(p);
+  free_panels(e, p);
 }

@@ -180,22 +180,17 @@ DEFINE_PRODUCT(product_bf16, ADRT_BF16)
 DEFINE_PRODUCT(product_int8, ADRT_INT8)
 DEFINE_PRODUCT(product_nf4, ADRT_NF4)
 
-/* Vec i of step k of a panel. */
-INLINE vec panel_items(int dtype, const uint8_t *panel, int64_t k, int i) {
-  if (dtype == ADRT_NF4) return v_weights(dtype, panel + k / 2 * PANEL, (int)(k % 2) * PANEL_VECS + i);
-  return v_weights(dtype, panel + row_bytes(dtype, k * PANEL), i);
-}
-
 /* One panel of 16 rows for `tokens` tokens: y += panel^T h. */
 INLINE void expand_tile(int dtype, int tokens, const uint8_t *panel, int64_t rank, const float *h,
                         int64_t h_stride, float *y, int64_t y_stride) {
+  const int64_t item = dtype == ADRT_F32 ? 4 : 2;
   vec acc[4][PANEL_VECS];
   for (int t = 0; t < tokens; t++)
     for (int i = 0; i < PANEL_VECS; i++) acc[t][i] = v_zero();
   for (int64_t k = 0; k < rank; k++) {
 #pragma GCC unroll 4
     for (int i = 0; i < PANEL_VECS; i++) {
-      vec u = panel_items(dtype, panel, k, i);
+      vec u = v_items(dtype, panel + (k * PANEL + i * LANES) * item);
 #pragma GCC unroll 4
       for (int t = 0; t < tokens; t++) acc[t][i] = v_fma(u, v_set1(h[t * h_stride + k]), acc[t][i]);
     }
@@ -220,7 +215,7 @@ INLINE void expand_partial(int dtype, const uint8_t *panel, int64_t rank, int64_
 
 INLINE void expand(int dtype, const uint8_t *panel, int64_t panel_stride, int64_t rank, int64_t n_rows,
                    const float *h, int64_t h_stride, int64_t n_tokens, float *y, int64_t y_stride) {
-  const int64_t step = row_bytes(dtype, panel_stride);
+  const int64_t step = panel_stride * (dtype == ADRT_F32 ? 4 : 2);
   for (; n_rows >= PANEL; n_rows -= PANEL, panel += step, y += PANEL) {
     int64_t t = 0;
     for (; t + 4 <= n_tokens; t += 4)
@@ -239,13 +234,13 @@ INLINE void expand(int dtype, const uint8_t *panel, int64_t panel_stride, int64_
 DEFINE_EXPAND(expand_f32, ADRT_F32)
 DEFINE_EXPAND(expand_f16, ADRT_F16)
 DEFINE_EXPAND(expand_bf16, ADRT_BF16)
-DEFINE_EXPAND(expand_int8, ADRT_INT8)
-DEFINE_EXPAND(expand_nf4, ADRT_NF4)
 
-/* The slots of a kernel table that this file and elementwise.h fill. */
+#include "low_rank.h"
+
+/* The slots of a kernel table that this file, elementwise.h and low_rank.h fill. */
 #define COMMON_KERNELS                                                                           \
   .exact = {product_f32, product_f16, product_bf16, product_int8, product_nf4},                  \
-  .expand = {expand_f32, expand_f16, expand_bf16, expand_int8, expand_nf4}, .split = split,      \
-  .norm = norm, .gated = gated, .scale = scale, .softmax = softmax
+  .expand = {expand_f32, expand_f16, expand_bf16}, .split = split, .norm = norm, .gated = gated, \
+  .scale = scale, .softmax = softmax, LOW_RANK_KERNELS
 
 #endif

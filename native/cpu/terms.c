@@ -27,6 +27,8 @@ static void multiply(const adrt_executable *e, const matrix *m, int64_t row0, in
       for (int64_t i = 0; i < count; i++) k->split(x + (t + i) * x_stride, padded, scratch + i * padded);
       k->exact[ADRT_NF4](m, row0, n_rows, scratch, padded, count, y + t * y_stride, y_stride);
     }
+  } else if (n == 1 && m->dtype <= ADRT_BF16 && m->cols % BLOCK == 0) {
+    k->shrink[m->dtype](m, row0, n_rows, x, x_stride, n, y, y_stride);
   } else {
     k->exact[m->dtype](m, row0, n_rows, x, x_stride, n, y, y_stride);
   }
@@ -63,8 +65,10 @@ static void multiply_segments(const adrt_executable *e, const term *t, const shr
 
 int64_t cpu_rows_to_prepare(const term *t) { return t->hidden ? t->v.rows : 0; }
 
-/* A panel for W2, whose result is one; many rows of nf4, for which x is reordered; else few. */
-int64_t cpu_rows_per_job(const term *t) { return t->kind == ADRT_KRONECKER || cpu_is_quantized(t->v.dtype) ? PANEL : 4; }
+/* A panel for W2, whose result is one; a few rows of V, twice as many of nf4, for which x is reordered. */
+int64_t cpu_rows_per_job(const term *t) {
+  return t->kind == ADRT_KRONECKER ? PANEL : t->v.dtype == ADRT_NF4 ? 8 : 4;
+}
 
 void cpu_prepare_term(const adrt_executable *e, const instruction *in, const shrink_job *job, float *scratch) {
   const term *t = job->what;
@@ -84,36 +88,41 @@ static void add_part(part p, const float *factor, float scale, int64_t count, in
     for (int64_t r = 0; r < n_rows; r++) y[t * y_stride + r] += (factor ? scale * factor[r] : scale) * p[t][r];
 }
 
-static const uint8_t *panel_of(const panels *u, int64_t row) {
-  return u->items + cpu_bytes_of(u->dtype, row / PANEL * u->stride);
-}
-
-/* Rows inside one block of 64 for few tokens: the scales of U's block go onto h. */
-static void expand_part(const adrt_executable *e, const panels *u, const float *hidden, int64_t count, int64_t row0,
-                        int64_t n_rows, part out, float *scratch) {
+/* Rows inside one block of 64 for few tokens onto y; the scales of U's block go onto h. */
+static void expand(const adrt_executable *e, const panels *u, const float *hidden, int64_t count, int64_t row0,
+                   int64_t n_rows, float *y, int64_t y_stride, float *scratch) {
   const float *scales = u->scales ? u->scales + row0 / BLOCK * u->rank : NULL;
   for (int64_t t = 0; scales && t < count; t++)
     for (int64_t k = 0; k < u->rank; k++) scratch[t * u->rank + k] = hidden[t * u->rank + k] * scales[k];
-  memset(out, 0, sizeof(part));
-  e->kernels->expand[u->dtype](panel_of(u, row0), u->stride, u->rank, n_rows, scales ? scratch : hidden, u->rank, count,
-                               out[0], BLOCK);
+  e->kernels->add_low_rank[u->dtype](cpu_panel(u, row0), u->stride, u->rank, n_rows, scales ? scratch : hidden,
+                                     u->rank, count, y, y_stride);
+}
+
+/* The same, times e. */
+static void expand_times(const adrt_executable *e, const term *t, const float *hidden, int64_t count, int64_t row0,
+                         int64_t n_rows, float *y, int64_t y_stride, float *scratch) {
+  part p;
+  memset(p, 0, (size_t)count * sizeof *p);
+  expand(e, t->u, hidden, count, row0, n_rows, p[0], BLOCK, scratch);
+  add_part(p, t->e + row0, 1.0f, count, n_rows, y, y_stride);
 }
 
 static void add_low_rank(const adrt_executable *e, const term *t, const float *hidden, int64_t count, int64_t row0,
                          int64_t n_rows, float *y, int64_t y_stride, float *scratch) {
   const panels *u = t->u;
   if (!t->e && !u->scales) {
-    e->kernels->expand[u->dtype](panel_of(u, row0), u->stride, u->rank, n_rows, hidden, u->rank, count, y, y_stride);
+    expand(e, u, hidden, count, row0, n_rows, y, y_stride, NULL);
     return;
   }
-  part p;
   for (int64_t r = 0, rows; r < n_rows; r += rows) {
     rows = BLOCK - (row0 + r) % BLOCK;
     if (rows > n_rows - r) rows = n_rows - r;
     for (int64_t i = 0, n; i < count; i += n) {
       n = count - i < TOKENS_AT_ONCE ? count - i : TOKENS_AT_ONCE;
-      expand_part(e, u, hidden + i * u->rank, n, row0 + r, rows, p, scratch);
-      add_part(p, t->e ? t->e + row0 + r : NULL, 1.0f, n, rows, y + i * y_stride + r, y_stride);
+      if (t->e)
+        expand_times(e, t, hidden + i * u->rank, n, row0 + r, rows, y + i * y_stride + r, y_stride, scratch);
+      else
+        expand(e, u, hidden + i * u->rank, n, row0 + r, rows, y + i * y_stride + r, y_stride, scratch);
     }
   }
 }
