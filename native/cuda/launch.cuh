@@ -1,0 +1,53 @@
+// What the launchers of this folder's product kernels share.
+#ifndef ADAPTRT_CUDA_LAUNCH_CUH
+#define ADAPTRT_CUDA_LAUNCH_CUH
+#include "decode.cuh"
+
+namespace adaptrt {
+
+struct product_context {
+  int device, multiprocessors;
+  int shared_bytes, shared_start;  // shared memory that a block may have, and the address where it starts
+  bool hopper;                                // wgmma, bulk copies, programmatic dependent launch
+  nf4_values codebook;
+};
+
+struct product_call {
+  const product_context *context;
+  packed_matrix w;
+  const __nv_bfloat16 *x;
+  int64_t x_stride;
+  int tokens;
+  product_output out;
+  void *workspace;
+  cudaStream_t stream;
+};
+
+// product_few.cu: up to few_tokens tokens; how many at once depends on their length.
+constexpr int few_tokens = 8;
+int few_tokens_at_once(const product_context &context, const packed_matrix &w);
+cudaError_t launch_few(const product_call &call);
+cudaError_t prepare_few(const product_context &context);
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t align_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Launches a kernel that waits for the one before it by itself (wait_for_kernel_before).
+template <typename... parameters, typename... arguments>
+cudaError_t launch(const product_call &call, void (*kernel)(parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                   const arguments &...args) {
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = call.stream;
+  config.attrs = &overlap;
+  config.numAttrs = call.context->hopper ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+}  // namespace adaptrt
+#endif

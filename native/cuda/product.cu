@@ -1,0 +1,59 @@
+// Which kernel multiplies.
+#include <new>
+
+#include "../cpu/quant_tables.h"
+#include "launch.cuh"
+
+namespace adaptrt {
+
+cudaError_t product_create(int device, product_context **out) {
+  cudaDeviceProp properties;
+  cudaError_t status = cudaGetDeviceProperties(&properties, device);
+  if (status != cudaSuccess) return status;
+  product_context *context = new (std::nothrow) product_context();
+  if (!context) return cudaErrorMemoryAllocation;
+  context->device = device;
+  context->multiprocessors = properties.multiProcessorCount;
+  context->shared_bytes = int(properties.sharedMemPerBlockOptin);
+  context->shared_start = int(properties.reservedSharedMemPerBlock);
+  context->hopper = properties.major == 9;
+  for (int i = 0; i < 16; i++) context->codebook.value[i] = __float2bfloat16(NF4_CODEBOOK[i]);
+  status = prepare_few(*context);
+  if (status != cudaSuccess) {
+    product_destroy(context);
+    return status;
+  }
+  *out = context;
+  return cudaSuccess;
+}
+
+void product_destroy(product_context *context) { delete context; }
+
+size_t product_workspace_bytes(const product_context *context, const packed_matrix &w, int max_tokens) {
+  (void)context, (void)w, (void)max_tokens;
+  return workspace_zero_bytes;
+}
+
+// Tokens in groups that fit into the kernel for few of them.
+static cudaError_t launch_in_groups(product_call call) {
+  int at_once = few_tokens_at_once(*call.context, call.w), tokens = call.tokens;
+  if (at_once < 1) return cudaErrorInvalidValue;
+  size_t item = call.out.bf16 ? sizeof(__nv_bfloat16) : sizeof(float);
+  for (int done = 0; done < tokens; done += call.tokens) {
+    call.tokens = tokens - done < at_once ? tokens - done : at_once;
+    cudaError_t status = launch_few(call);
+    if (status != cudaSuccess) return status;
+    call.x += call.tokens * call.x_stride;
+    call.out.y = static_cast<uint8_t *>(call.out.y) + call.tokens * call.out.stride * item;
+  }
+  return cudaSuccess;
+}
+
+cudaError_t launch_product(const product_context *context, const packed_matrix &w, const __nv_bfloat16 *x,
+                           int64_t x_stride, int tokens, const product_output &out, void *workspace,
+                           cudaStream_t stream) {
+  if (tokens < 1) return tokens ? cudaErrorInvalidValue : cudaSuccess;
+  return launch_in_groups({context, w, x, x_stride, tokens, out, workspace, stream});
+}
+
+}  // namespace adaptrt
