@@ -1,28 +1,33 @@
 // Products for up to 8 tokens: bound by the bytes of the weights, so everything serves the stream of loads.
 //
-// A block of threads keeps all tokens in shared memory and walks over tiles of 16 rows, one or a few at a time. Several
-// warps share the columns of a tile: each takes chunks of 2048 bytes of codes, with the next ones already on their way
-// into registers, multiplies them on tensor cores (16 rows by up to 8 tokens) and leaves its sums in shared memory, where
-// they are added in a fixed order.
+// A block of threads keeps all tokens in shared memory and walks over tiles of 16 rows. Its warps take turns at the
+// parts of the tiles' columns: each multiplies its part on tensor cores (16 rows by up to 8 tokens), block after block of 64
+// columns, and reloads the registers of a block as soon as it is done. The sums of the parts meet in shared memory, where one
+// more warp adds them in a fixed order. No warp waits for another, as long as it is not several tiles ahead.
+#include "barrier.cuh"
 #include "launch.cuh"
 
 namespace adaptrt {
 namespace {
 
-constexpr int warps_at_most = 16;
-constexpr int chunk_vectors = 4;  // 16-byte loads of a lane
+constexpr int multiplying_warps = 23;  // with one more to add sums: as many as have 80 registers a thread
+constexpr int all_threads = (multiplying_warps + 1) * 32;
+constexpr int chunk_vectors = 4;  // 16-byte loads of a lane in flight
 constexpr int chunk_bytes = chunk_vectors * 512;
-constexpr int chunks_ahead = 3;
+constexpr int parts_at_most = 16;
+constexpr int tiles_in_flight = 4;
 
-// How a block is divided: `tiles` tiles at a time, each shared by `warps` warps.
+template <weight_kind kind>
+constexpr int chunk_blocks = chunk_vectors / decoder<kind>::vectors;
+
+// A row's columns: `chunks` chunks in `parts` parts of `part_chunks`, the last one perhaps shorter.
 struct division {
-  int tiles, warps;
+  int chunks, part_chunks, parts;
 };
 
-// Shared memory below and above the pair table: sums and as many blocks of columns of the tokens as there is room for,
-// then the rest of the tokens.
+// Offsets into shared memory.
 struct shared_plan {
-  int table_at, tokens_at, blocks_below, bytes;
+  int table, sums, tokens, bytes;
 };
 
 struct few_arguments {
@@ -36,80 +41,121 @@ struct few_arguments {
   shared_plan plan;
 };
 
-template <weight_kind kind>
-constexpr int chunk_blocks = chunk_vectors / decoder<kind>::vectors;
+// Of the tile that is number n of a block of threads: its sums are at n % tiles_in_flight.
+struct tile_barriers {
+  uint64_t full[tiles_in_flight], empty[tiles_in_flight];
+};
 
 // ---- tokens in shared memory ----
 // For each block of 64 columns and token 128 bytes, in the order in which lane 4n + t reads the operand of token n: two
 // halves of four 16-byte pieces, piece t of half h for the steps 2h and 2h + 1. Odd tokens have their halves swapped, so that
 // the lanes of two tokens meet in no bank.
 
-__device__ int token_piece(const few_arguments &args, int block, int token, int half, int t) {
-  int above = block >= args.plan.blocks_below ? args.plan.table_at + pair_table_bytes - args.plan.tokens_at -
-                                                    args.plan.blocks_below * args.tokens * 128
-                                              : 0;
-  return args.plan.tokens_at + above + (block * args.tokens + token) * 128 + (half ^ (token & 1)) * 64 + t * 16;
+__device__ int token_piece(int n_tokens, int block, int token, int half, int t) {
+  return (block * n_tokens + token) * 128 + (half ^ (token & 1)) * 64 + t * 16;
 }
 
-__device__ uint4 eight_columns(const __nv_bfloat16 *row, int64_t col, int64_t cols) {
-  if (col + 8 <= cols) return *reinterpret_cast<const uint4 *>(row + col);
+__device__ __noinline__ uint4 last_columns(const __nv_bfloat16 *from, int64_t n) {
   union {
     uint4 vector;
     __nv_bfloat16 item[8];
   } v = {make_uint4(0, 0, 0, 0)};
-  for (int i = 0; i < 8; i++)
-    if (col + i < cols) v.item[i] = row[col + i];
+  for (int i = 0; i < 8 && i < n; i++) v.item[i] = from[i];
   return v.vector;
 }
 
-__device__ void stage_tokens(uint8_t *shared, const few_arguments &args) {
-  int64_t vectors = args.w.col_blocks * 8;
-  int turn = threadIdx.x / 8 % 4;  // lanes 8 apart write the same banks unless they take turns
-  for (int token = 0; token < args.tokens; token++) {
-    for (int64_t i = threadIdx.x; i < vectors; i += blockDim.x) {
-      uint4 v = eight_columns(args.x + token * args.x_stride, i * 8, args.w.cols);
-      int step = i % 8 / 2, word = step % 2 * 2 + i % 2;
-      for (int j = 0; j < 4; j++) {
-        int t = (j + turn) % 4;
-        reinterpret_cast<uint32_t *>(shared + token_piece(args, int(i / 8), token, step / 2, t))[word] = word_of(v, t);
-      }
+__device__ uint4 eight_columns(const __nv_bfloat16 *row, int64_t col, int64_t cols) {
+  if (col + 8 <= cols) return *reinterpret_cast<const uint4 *>(row + col);
+  return last_columns(row + col, cols - col);
+}
+
+__device__ void spread_columns(uint8_t *tokens, const uint4 &v, int n_tokens, int token, int vector) {
+  int step = vector % 8 / 2, word = step % 2 * 2 + vector % 2;
+  int turn = threadIdx.x / 8;  // lanes 8 apart write the same banks unless they take turns
+#pragma unroll
+  for (int j = 0; j < 4; j++) {
+    int t = (j + turn) % 4;
+    int at = token_piece(n_tokens, vector / 8, token, step / 2, t) + word * 4;
+    *reinterpret_cast<uint32_t *>(tokens + at) = word_of(v, t);
+  }
+}
+
+__device__ void stage_tokens(uint8_t *tokens, const few_arguments &args) {
+  constexpr int at_once = 4;  // loads in flight
+  for (int i = threadIdx.x; i < args.w.col_blocks * 8; i += all_threads) {
+    for (int first = 0; first < args.tokens; first += at_once) {
+      uint4 v[at_once];
+#pragma unroll
+      for (int j = 0; j < at_once; j++)
+        if (first + j < args.tokens) v[j] = eight_columns(args.x + (first + j) * args.x_stride, i * 8, args.w.cols);
+#pragma unroll
+      for (int j = 0; j < at_once; j++)
+        if (first + j < args.tokens) spread_columns(tokens, v[j], args.tokens, first + j, i);
     }
   }
 }
 
-// ---- the stream of weights ----
+// ---- the way through the matrix ----
 
+struct position {
+  int64_t tile;
+  int turn;  // which of the tiles of this block of threads
+  int part, chunk;
+};
+
+__device__ void next_part(position &p, const few_arguments &args, int turns) {
+  p.part += turns;
+  while (p.part >= args.by.parts) {
+    p.part -= args.by.parts;
+    p.turn++;
+    p.tile += gridDim.x;
+  }
+  p.chunk = p.part * args.by.part_chunks;
+}
+
+__device__ position first_position(const few_arguments &args) {
+  position p = {int64_t(blockIdx.x), 0, 0, 0};
+  next_part(p, args, threadIdx.x / 32);
+  return p;
+}
+
+// True when the part goes on.
+__device__ bool advance(position &p, const few_arguments &args) {
+  p.chunk++;
+  if (p.chunk < args.by.chunks && p.chunk < (p.part + 1) * args.by.part_chunks) return true;
+  next_part(p, args, multiplying_warps);
+  return false;
+}
+
+// The weights of a chunk that a lane holds. Scales: nf4 has four blocks in a chunk, int8 two.
 template <weight_kind kind>
 struct chunk {
   uint4 codes[chunk_vectors];
   __half2 scales[chunk_blocks<kind>];
 };
 
-// A warp's way through the matrix: of each tile that is its own, every chunk that is its own.
 template <weight_kind kind>
-struct chunk_stream {
-  const few_arguments &args;
-  int chunks, first;  // of a tile, and the warp's first
-  int64_t tile;
-  int at;
+struct chunk_source {
+  const uint8_t *codes;
+  const __half2 *scales;
   uint64_t policy;
 
-  __device__ void fetch_next(chunk<kind> &c) {
-    if (tile >= args.w.row_tiles) return;
+  __device__ void seek(const packed_matrix &w, const position &p) {
     int lane = threadIdx.x % 32;
-    int64_t block = tile * args.w.col_blocks + at * chunk_blocks<kind>;
-    const uint8_t *codes = args.w.codes + block * tile_bytes(kind) + lane * 16;
+    int64_t block = p.tile * w.col_blocks + p.chunk * chunk_blocks<kind>;
+    codes = w.codes + block * tile_bytes(kind) + lane * 16;
+    if constexpr (decoder<kind>::scaled) scales = w.scales + scale_index(block, lane / 4);
+  }
+  __device__ void fetch_block(chunk<kind> &c, int i) const {
+    constexpr int vectors = decoder<kind>::vectors;
 #pragma unroll
-    for (int i = 0; i < chunk_vectors; i++) c.codes[i] = load_once(codes + i * 512, policy);
-    if constexpr (decoder<kind>::scaled) {
-      const __half2 *scales = args.w.scales + block * 8 + lane / 4;
-#pragma unroll
-      for (int i = 0; i < chunk_blocks<kind>; i++) c.scales[i] = __ldg(scales + i * 8);
-    }
-    at += args.by.warps;
-    if (at < chunks) return;
-    at = first;
-    tile += gridDim.x * args.by.tiles;
+    for (int j = i * vectors; j < (i + 1) * vectors; j++) c.codes[j] = load_once(codes + j * 512, policy);
+  }
+  __device__ void fetch_scales(chunk<kind> &c) const {
+    if constexpr (chunk_blocks<kind> == 4)
+      *reinterpret_cast<uint4 *>(c.scales) = __ldg(reinterpret_cast<const uint4 *>(scales));
+    else if constexpr (decoder<kind>::scaled)
+      *reinterpret_cast<uint2 *>(c.scales) = __ldg(reinterpret_cast<const uint2 *>(scales));
   }
 };
 
@@ -120,25 +166,6 @@ __device__ void multiply_add(float c[4], const uint32_t a[4], uint32_t b0, uint3
       "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// Unscaled codes times tokens, a block's scale applied to its sum.
-template <weight_kind kind>
-__device__ void multiply_block(float sums[4], const uint4 *codes, __half2 scales, const uint4 tokens[2],
-                               const decoder<kind> &decode) {
-  float c[4] = {0, 0, 0, 0};
-#pragma unroll
-  for (int s = 0; s < 4; s++) {
-    uint32_t a[4];
-    decode.step(codes, s, a);
-    const uint4 &b = tokens[s / 2];
-    multiply_add(c, a, s % 2 ? b.z : b.x, s % 2 ? b.w : b.y);
-  }
-  float2 scale = decoder<kind>::scaled ? __half22float2(scales) : make_float2(1, 1);
-  sums[0] += scale.x * c[0];
-  sums[1] += scale.x * c[1];
-  sums[2] += scale.y * c[2];
-  sums[3] += scale.y * c[3];
 }
 
 // What a lane holds of the tokens' operand for one block. Two of them in turn, so that loading the next need not wait.
@@ -152,117 +179,162 @@ __device__ void load_if(bool there, uint4 &v, uint32_t address) {
                : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w) : "r"(address), "r"(int(there)));
 }
 
+// Unscaled codes times tokens, a block's scale applied to its sum.
 template <weight_kind kind>
-__device__ void multiply_chunk(float sums[4], const chunk<kind> &c, token_registers b[2], uint32_t shared,
-                               const few_arguments &args, int first_block, const decoder<kind> &decode) {
-  int token = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+__device__ void multiply_block(float sums[4], const uint4 *codes, __half2 scales, const token_registers &b,
+                               const decoder<kind> &decode) {
+  float c[4] = {0, 0, 0, 0};
 #pragma unroll
-  for (int i = 0; i < chunk_blocks<kind>; i++) {
-    uint32_t at = shared + token_piece(args, first_block + i, token, 0, t);
-    load_if(token < args.tokens, b[i % 2].half[0], at);
-    load_if(token < args.tokens, b[i % 2].half[1], at ^ 64);
-    multiply_block<kind>(sums, c.codes + i * decoder<kind>::vectors, c.scales[i], b[i % 2].half, decode);
+  for (int s = 0; s < 4; s++) {
+    uint32_t a[4];
+    decode.step(codes, s, a);
+    const uint4 &tokens = b.half[s / 2];
+    multiply_add(c, a, s % 2 ? tokens.z : tokens.x, s % 2 ? tokens.w : tokens.y);
   }
+  float2 scale = decoder<kind>::scaled ? __half22float2(scales) : make_float2(1, 1);
+  sums[0] += scale.x * c[0];
+  sums[1] += scale.x * c[1];
+  sums[2] += scale.y * c[2];
+  sums[3] += scale.y * c[3];
 }
 
-// ---- sums of a tile: [tiles, warps, tokens, 16 rows], two buffers in turn ----
+// ---- sums: [tiles_in_flight, parts, tokens, 16 rows] ----
 
-__device__ void leave_sums(float *partials, const float sums[4], int n_tokens) {
-  float *of_warp = partials + threadIdx.x / 32 * n_tokens * tile_rows;
+__device__ float *sums_of(uint8_t *shared, const few_arguments &args, int turn, int part) {
+  float *sums = reinterpret_cast<float *>(shared + args.plan.sums);
+  return sums + (turn % tiles_in_flight * args.by.parts + part) * args.tokens * tile_rows;
+}
+
+__device__ void leave_sums(uint8_t *shared, tile_barriers &barriers, const few_arguments &args, const position &p,
+                           const float sums[4]) {
+  int slot = p.turn % tiles_in_flight, round = p.turn / tiles_in_flight;
+  if (round > 0) wait_barrier(&barriers.empty[slot], (round - 1) % 2);
+  float *of_part = sums_of(shared, args, p.turn, p.part);
   int g = threadIdx.x % 32 / 4, token = threadIdx.x % 4 * 2;
   for (int i = 0; i < 4; i++)
-    if (token + i % 2 < n_tokens) of_warp[(token + i % 2) * tile_rows + g + i / 2 * 8] = sums[i];
+    if (token + i % 2 < args.tokens) of_part[(token + i % 2) * tile_rows + g + i / 2 * 8] = sums[i];
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) arrive_barrier(&barriers.full[slot]);
 }
 
-__device__ void write_sums(const float *partials, const few_arguments &args, int64_t first_tile, float unit) {
+__device__ void write_tile(const float *sums, const few_arguments &args, int64_t tile, float unit) {
   int n = args.tokens * tile_rows;
-  for (int i = threadIdx.x; i < n * args.by.tiles; i += blockDim.x) {
-    int tile = i / n, j = i % n;
-    int64_t row = (first_tile + tile) * tile_rows + j % tile_rows;
+  for (int i = threadIdx.x % 32; i < n; i += 32) {
+    int64_t row = tile * tile_rows + i % tile_rows;
     if (row >= args.w.rows) continue;
-    const float *of_tile = partials + tile * args.by.warps * n + j;
     float sum = 0;
-    for (int warp = 0; warp < args.by.warps; warp++) sum += of_tile[warp * n];
-    store_result(args.out, j / tile_rows, row, sum * unit);
+#pragma unroll 4
+    for (int part = 0; part < args.by.parts; part++) sum += sums[part * n + i];
+    store_result(args.out, i / tile_rows, row, sum * unit);
+  }
+}
+
+__device__ void write_tiles(uint8_t *shared, tile_barriers &barriers, const few_arguments &args) {
+  float unit = args.w.scales ? *args.w.unit : 1.f;
+  int turn = 0;
+  for (int64_t tile = blockIdx.x; tile < args.w.row_tiles; tile += gridDim.x, turn++) {
+    int slot = turn % tiles_in_flight;
+    wait_barrier(&barriers.full[slot], turn / tiles_in_flight % 2);
+    write_tile(sums_of(shared, args, turn, 0), args, tile, unit);
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) arrive_barrier(&barriers.empty[slot]);
   }
 }
 
 template <weight_kind kind>
-__global__ void __launch_bounds__(warps_at_most * 32, 1) product_few(const __grid_constant__ few_arguments args) {
+__device__ void multiply_parts(uint8_t *shared, tile_barriers &barriers, const few_arguments &args, position now,
+                               chunk<kind> &weights, chunk_source<kind> &source) {
+  int lane = threadIdx.x % 32, token = lane / 4;
+  bool there = token < args.tokens;
+  decoder<kind> decode = {shared_address(shared + args.plan.table) + lane * 4};
+  uint32_t tokens = shared_address(shared + args.plan.tokens) + token_piece(args.tokens, 0, token, 0, lane % 4);
+  uint32_t block_stride = args.tokens * 128;
+  token_registers b[2] = {};
+  float sums[4] = {0, 0, 0, 0};
+  while (now.tile < args.w.row_tiles) {
+    position next = now;
+    bool goes_on = advance(next, args), more = next.tile < args.w.row_tiles;
+    __half2 scales[chunk_blocks<kind>];
+    for (int i = 0; i < chunk_blocks<kind>; i++) scales[i] = weights.scales[i];
+    if (more) {
+      source.seek(args.w, next);
+      source.fetch_scales(weights);
+    }
+    uint32_t at = tokens + now.chunk * chunk_blocks<kind> * block_stride;
+#pragma unroll
+    for (int i = 0; i < chunk_blocks<kind>; i++, at += block_stride) {
+      load_if(there, b[i % 2].half[0], at);
+      load_if(there, b[i % 2].half[1], at ^ 64);
+      multiply_block<kind>(sums, weights.codes + i * decoder<kind>::vectors, scales[i], b[i % 2], decode);
+      if (more) source.fetch_block(weights, i);
+    }
+    if (!goes_on) {
+      leave_sums(shared, barriers, args, now, sums);
+      for (int i = 0; i < 4; i++) sums[i] = 0;
+    }
+    now = next;
+  }
+}
+
+template <weight_kind kind>
+__global__ void __launch_bounds__(all_threads, 1) product_few(const __grid_constant__ few_arguments args) {
   extern __shared__ __align__(1024) uint8_t shared[];
-  float *partials = reinterpret_cast<float *>(shared);
-  int warp = threadIdx.x / 32, first = warp % args.by.warps;
-  int chunks = int(args.w.col_blocks) / chunk_blocks<kind>;
+  tile_barriers &barriers = *reinterpret_cast<tile_barriers *>(shared);
+  bool multiplies = threadIdx.x / 32 < multiplying_warps;
 
   let_next_kernel_start();
-  int64_t tiles = int64_t(blockIdx.x) * args.by.tiles;  // the first of those at hand
-  chunk_stream<kind> stream = {args, chunks, first, tiles + warp / args.by.warps, first, evict_first_policy()};
-  chunk<kind> ahead[chunks_ahead];
+  position start = first_position(args);
+  chunk_source<kind> source = {nullptr, nullptr, evict_first_policy()};
+  chunk<kind> weights = {};
+  if (multiplies && start.tile < args.w.row_tiles) {
+    source.seek(args.w, start);
+    source.fetch_scales(weights);
 #pragma unroll
-  for (int i = 0; i < chunks_ahead; i++) stream.fetch_next(ahead[i]);
-  if constexpr (kind == weight_kind::nf4) fill_pair_table(shared + args.plan.table_at, args.codebook);
-  float unit = decoder<kind>::scaled ? *args.w.unit : 1.f;
-  decoder<kind> decode = {shared_address(shared + args.plan.table_at) + threadIdx.x % 32 * 4};
+    for (int i = 0; i < chunk_blocks<kind>; i++) source.fetch_block(weights, i);
+  }
+  if (threadIdx.x < tiles_in_flight) {
+    init_barrier(&barriers.full[threadIdx.x], args.by.parts);
+    init_barrier(&barriers.empty[threadIdx.x], 1);
+  }
+  if constexpr (kind == weight_kind::nf4) fill_pair_table(shared + args.plan.table, args.codebook);
   wait_for_kernel_before();
-  stage_tokens(shared, args);
+  stage_tokens(shared + args.plan.tokens, args);
   __syncthreads();
 
-  int at = first, buffer = 0;
-  float sums[4] = {0, 0, 0, 0};
-  token_registers b[2] = {};
-  while (tiles < args.w.row_tiles) {
-#pragma unroll
-    for (int i = 0; i < chunks_ahead; i++) {
-      if (tiles >= args.w.row_tiles) break;
-      multiply_chunk<kind>(sums, ahead[i], b, shared_address(shared), args, at * chunk_blocks<kind>, decode);
-      stream.fetch_next(ahead[i]);
-      at += args.by.warps;
-      if (at < chunks) continue;
-
-      float *at_hand = partials + buffer * (blockDim.x / 32) * args.tokens * tile_rows;
-      leave_sums(at_hand, sums, args.tokens);
-      __syncthreads();
-      write_sums(at_hand, args, tiles, unit);  // the next tiles' sums go into the other buffer
-      buffer ^= 1;
-      at = first;
-      tiles += gridDim.x * args.by.tiles;
-      for (int j = 0; j < 4; j++) sums[j] = 0;
-    }
-  }
+  if (multiplies)
+    multiply_parts<kind>(shared, barriers, args, start, weights, source);
+  else
+    write_tiles(shared, barriers, args);
 }
 
 // ---- launching ----
 
-// The number of warps, of at least half of those there may be, that leaves the fewest idle in the last round of chunks.
 division divide(const packed_matrix &w) {
   int chunks = int(w.col_blocks * tile_bytes(w.kind) / chunk_bytes);
-  if (chunks <= warps_at_most) return {warps_at_most / chunks, chunks};
-  int best = warps_at_most;
-  for (int warps = warps_at_most; warps >= warps_at_most / 2; warps--)
-    if (ceil_div(chunks, warps) * warps < ceil_div(chunks, best) * best) best = warps;
-  return {1, best};
+  int part_chunks = int(ceil_div(chunks, parts_at_most));
+  return {chunks, part_chunks, int(ceil_div(chunks, part_chunks))};
 }
 
+// The pair table must start at a multiple of its size. Sums go below it, and tokens too if there is room.
 shared_plan plan_shared(const product_context &context, const packed_matrix &w, int tokens) {
-  division by = divide(w);
-  int64_t tokens_at = align_up(2 * by.tiles * by.warps * tokens * tile_rows * int64_t(sizeof(float)), 128);
-  if (w.kind != weight_kind::nf4) return {0, int(tokens_at), int(w.col_blocks), int(tokens_at + w.col_blocks * tokens * 128)};
-  int64_t table_at = align_up(context.shared_start, pair_table_bytes) - context.shared_start;
-  int64_t below = (table_at - tokens_at) / (tokens * 128);
-  if (below > w.col_blocks) below = w.col_blocks;
-  return {int(table_at), int(tokens_at), int(below),
-          int(table_at + pair_table_bytes + (w.col_blocks - below) * tokens * 128)};
+  int64_t sums = align_up(sizeof(tile_barriers), 128);
+  int64_t tokens_below = sums + tiles_in_flight * divide(w).parts * tokens * tile_rows * int64_t(sizeof(float));
+  int64_t tokens_bytes = w.col_blocks * tokens * 128;
+  if (w.kind != weight_kind::nf4) return {0, int(sums), int(tokens_below), int(tokens_below + tokens_bytes)};
+  int64_t table = align_up(context.shared_start, pair_table_bytes) - context.shared_start;
+  int64_t end = table + pair_table_bytes;
+  if (tokens_below + tokens_bytes <= table) return {int(table), int(sums), int(tokens_below), int(end)};
+  return {int(table), int(sums), int(end), int(end + tokens_bytes)};
 }
 
 template <weight_kind kind>
 cudaError_t launch_kind(const product_call &call) {
-  division by = divide(call.w);
   shared_plan plan = plan_shared(*call.context, call.w, call.tokens);
-  few_arguments args = {call.w,  call.x, call.x_stride, call.tokens, call.out, call.context->codebook, by, plan};
-  int64_t steps = ceil_div(call.w.row_tiles, by.tiles), blocks = call.context->multiprocessors;
-  if (blocks > steps) blocks = steps;
-  return launch(call, product_few<kind>, dim3(unsigned(blocks)), dim3(unsigned(by.tiles * by.warps * 32)),
-                size_t(plan.bytes), args);
+  few_arguments args = {call.w,   call.x, call.x_stride, call.tokens, call.out, call.context->codebook,
+                        divide(call.w), plan};
+  int64_t blocks = call.context->multiprocessors;
+  if (blocks > call.w.row_tiles) blocks = call.w.row_tiles;
+  return launch(call, product_few<kind>, dim3(unsigned(blocks)), dim3(all_threads), size_t(plan.bytes), args);
 }
 
 }  // namespace
