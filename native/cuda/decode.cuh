@@ -17,8 +17,8 @@ constexpr int pair_table_bytes = 256 * 256;
 
 __device__ inline uint32_t shared_address(const void *p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
-__device__ inline void fill_pair_table(uint8_t *table, const nf4_values &values) {
-  for (int i = threadIdx.x; i < 256 * 8; i += blockDim.x) {
+__device__ inline void fill_pair_table(uint8_t *table, const nf4_values &values, int threads) {
+  for (int i = threadIdx.x; i < 256 * 8; i += threads) {
     int code = i / 8;
     __nv_bfloat162 pair = {values.value[code >> 4], values.value[code & 15]};
     uint32_t bits = *reinterpret_cast<uint32_t *>(&pair);

@@ -1,6 +1,8 @@
 // What the launchers of this folder's product kernels share.
 #ifndef ADAPTRT_CUDA_LAUNCH_CUH
 #define ADAPTRT_CUDA_LAUNCH_CUH
+#include <cuda.h>
+
 #include "decode.cuh"
 
 namespace adaptrt {
@@ -10,6 +12,7 @@ struct product_context {
   int shared_bytes, shared_start;  // shared memory that a block may have, and the address where it starts
   bool hopper;                                // wgmma, bulk copies, programmatic dependent launch
   nf4_values codebook;
+  decltype(&cuTensorMapEncodeTiled) encode_tensor_map;  // of the driver; on Hopper
 };
 
 struct product_call {
@@ -28,6 +31,10 @@ constexpr int few_tokens = 8;
 int few_tokens_at_once(const product_context &context, const packed_matrix &w);
 cudaError_t launch_few(const product_call &call);
 cudaError_t prepare_few(const product_context &context);
+
+// product_many.cu: any number of tokens, on Hopper.
+cudaError_t launch_many(const product_call &call);
+size_t many_workspace_bytes(const product_context &context);
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t align_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }

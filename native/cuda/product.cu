@@ -6,6 +6,16 @@
 
 namespace adaptrt {
 
+static cudaError_t find_tensor_map_encoder(product_context *context) {
+  void *function = nullptr;
+  cudaDriverEntryPointQueryResult found;
+  cudaError_t status =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+  if (status != cudaSuccess || found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
+  context->encode_tensor_map = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+  return cudaSuccess;
+}
+
 cudaError_t product_create(int device, product_context **out) {
   cudaDeviceProp properties;
   cudaError_t status = cudaGetDeviceProperties(&properties, device);
@@ -18,7 +28,8 @@ cudaError_t product_create(int device, product_context **out) {
   context->shared_start = int(properties.reservedSharedMemPerBlock);
   context->hopper = properties.major == 9;
   for (int i = 0; i < 16; i++) context->codebook.value[i] = __float2bfloat16(NF4_CODEBOOK[i]);
-  status = prepare_few(*context);
+  status = context->hopper ? find_tensor_map_encoder(context) : cudaSuccess;
+  if (status == cudaSuccess) status = prepare_few(*context);
   if (status != cudaSuccess) {
     product_destroy(context);
     return status;
@@ -30,8 +41,8 @@ cudaError_t product_create(int device, product_context **out) {
 void product_destroy(product_context *context) { delete context; }
 
 size_t product_workspace_bytes(const product_context *context, const packed_matrix &w, int max_tokens) {
-  (void)context, (void)w, (void)max_tokens;
-  return workspace_zero_bytes;
+  bool splits = context->hopper && max_tokens > few_tokens_at_once(*context, w);
+  return splits ? many_workspace_bytes(*context) : workspace_zero_bytes;
 }
 
 // Tokens in groups that fit into the kernel for few of them.
@@ -53,7 +64,9 @@ cudaError_t launch_product(const product_context *context, const packed_matrix &
                            int64_t x_stride, int tokens, const product_output &out, void *workspace,
                            cudaStream_t stream) {
   if (tokens < 1) return tokens ? cudaErrorInvalidValue : cudaSuccess;
-  return launch_in_groups({context, w, x, x_stride, tokens, out, workspace, stream});
+  product_call call = {context, w, x, x_stride, tokens, out, workspace, stream};
+  if (context->hopper && tokens > few_tokens_at_once(*context, w)) return launch_many(call);
+  return launch_in_groups(call);
 }
 
 }  // namespace adaptrt

@@ -296,7 +296,7 @@ __global__ void __launch_bounds__(all_threads, 1) product_few(const __grid_const
     init_barrier(&barriers.full[threadIdx.x], args.by.parts);
     init_barrier(&barriers.empty[threadIdx.x], 1);
   }
-  if constexpr (kind == weight_kind::nf4) fill_pair_table(shared + args.plan.table, args.codebook);
+  if constexpr (kind == weight_kind::nf4) fill_pair_table(shared + args.plan.table, args.codebook, all_threads);
   wait_for_kernel_before();
   stage_tokens(shared + args.plan.tokens, args);
   __syncthreads();
