@@ -11,9 +11,11 @@ struct nf4_values {
 };
 
 // A byte of two codes is looked up in shared memory: 256 pairs of bf16, each repeated for every lane so that no two
-// lanes meet in a bank. Entries are 256 bytes apart (the upper half of each is not used) and the table starts at a
-// multiple of 64 KiB, so that one byte permutation puts a code into an address.
+// lanes meet in a bank. Entries are 256 bytes apart (the upper half of each is not used), so that one byte permutation
+// makes an offset; the table is the first thing in dynamic shared memory, whose address is then part of the instruction.
+// So these kernels have no static shared memory, and product_create checks the address.
 constexpr int pair_table_bytes = 256 * 256;
+constexpr int shared_start = 1024;  // before it is what the system keeps
 
 __device__ inline uint32_t shared_address(const void *p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
@@ -26,10 +28,10 @@ __device__ inline void fill_pair_table(uint8_t *table, const nf4_values &values,
   }
 }
 
-// `entry`: the lane's place in the table's first entry.
-__device__ inline uint32_t look_up(uint32_t entry, uint32_t word, int byte) {
-  uint32_t at = __byte_perm(word, entry, 0x7604 | byte << 4), pair;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(at));  // volatile: not above the barrier after filling
+// `lane_offset` is 4 * lane. Volatile, so that no lookup moves above the barrier after filling.
+__device__ inline uint32_t look_up(uint32_t lane_offset, uint32_t word, int byte) {
+  uint32_t at = __byte_perm(word, lane_offset, 0x7604 | byte << 4), pair;
+  asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(pair) : "r"(at), "n"(shared_start));
   return pair;
 }
 
@@ -52,9 +54,9 @@ template <>
 struct decoder<weight_kind::nf4> {
   static constexpr int vectors = 1;
   static constexpr bool scaled = true;
-  uint32_t table_entry;
+  uint32_t lane_offset;
   __device__ void step(const uint4 *codes, int s, uint32_t a[4]) const {
-    for (int r = 0; r < 4; r++) a[r] = look_up(table_entry, word_of(codes[0], s), r);
+    for (int r = 0; r < 4; r++) a[r] = look_up(lane_offset, word_of(codes[0], s), r);
   }
 };
 
@@ -62,7 +64,7 @@ template <>
 struct decoder<weight_kind::int8> {
   static constexpr int vectors = 2;
   static constexpr bool scaled = true;
-  uint32_t table_entry;
+  uint32_t lane_offset;
   __device__ void step(const uint4 *codes, int s, uint32_t a[4]) const {
     for (int r = 0; r < 4; r++) a[r] = int8_pair(word_of(codes[s / 2], s % 2 * 2 + r / 2), r % 2);
   }
@@ -72,11 +74,28 @@ template <>
 struct decoder<weight_kind::bf16> {
   static constexpr int vectors = 4;
   static constexpr bool scaled = false;
-  uint32_t table_entry;
+  uint32_t lane_offset;
   __device__ void step(const uint4 *codes, int s, uint32_t a[4]) const {
     for (int r = 0; r < 4; r++) a[r] = word_of(codes[s], r);
   }
 };
+
+__device__ inline uint32_t scaled_pair(uint32_t pair, __nv_bfloat162 by) {
+  __nv_bfloat162 product = __hmul2(*reinterpret_cast<__nv_bfloat162 *>(&pair), by);
+  return *reinterpret_cast<uint32_t *>(&product);
+}
+
+// A tile of 16 rows by 64 columns, scaled (but for the matrix's unit), as the operand of four steps.
+template <weight_kind kind>
+__device__ void decode_tile(uint32_t (&a)[4][4], const uint4 *codes, __half2 scales, const decoder<kind> &decode) {
+  __nv_bfloat162 upper = __float2bfloat162_rn(__low2float(scales)), lower = __float2bfloat162_rn(__high2float(scales));
+#pragma unroll
+  for (int step = 0; step < 4; step++) {
+    decode.step(codes, step, a[step]);
+    if constexpr (decoder<kind>::scaled)
+      for (int r = 0; r < 4; r++) a[step][r] = scaled_pair(a[step][r], r % 2 ? lower : upper);
+  }
+}
 
 // 16 bytes of weights, read once: past L1, and first to leave L2, where tokens and keys should stay.
 __device__ inline uint4 load_once(const void *p, uint64_t policy) {

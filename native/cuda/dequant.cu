@@ -121,7 +121,7 @@ __global__ void pack_scales(stored_matrix from, packed_matrix to, const __grid_c
       scale = from.dtype == ADRT_NF4 ? stored_absmax(from, books, row * blocks + block)
                                      : __bfloat162float(from.scales[row * blocks + block]);
     int64_t tile = row / tile_rows * to.col_blocks + block;
-    __half *pair = reinterpret_cast<__half *>(to.scales + scale_index(tile, row % 8));
+    __half *pair = reinterpret_cast<__half *>(to.scales + tile * 8 + row % 8);
     pair[row % tile_rows / 8] = __float2half(scale / *to.unit);
   }
 }
@@ -131,7 +131,7 @@ __device__ float packed_value(const packed_matrix &w, const codebooks &books, in
   tile_place place = place_in_tile(row % tile_rows, col % block_cols);
   const uint8_t *at = w.codes + tile * tile_bytes(w.kind) + byte_in_tile(w.kind, place);
   if (w.kind == weight_kind::bf16) return __bfloat162float(*reinterpret_cast<const __nv_bfloat16 *>(at));
-  const __half *pair = reinterpret_cast<const __half *>(w.scales + scale_index(tile, row % 8));
+  const __half *pair = reinterpret_cast<const __half *>(w.scales + tile * 8 + row % 8);
   float scale = __half2float(pair[row % tile_rows / 8]) * *w.unit;
   if (w.kind == weight_kind::int8) return static_cast<int8_t>(*at) * scale;
   return books.nf4[place.odd ? *at & 15 : *at >> 4] * scale;

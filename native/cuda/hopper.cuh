@@ -56,7 +56,7 @@ __device__ inline void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(in_flight) : "memory");
 }
 
-// d[64 rows, n] += a[64 rows, 16] b[n, 16]^T: 4, 8, 16, 32 or 64 registers of sums for n = 8, 16, 32, 64 or 128.
+// d[64 rows, n] += a[64 rows, 16] b[n, 16]^T: 8, 16, 32 or 64 registers of sums for n = 16, 32, 64 or 128.
 #define SUMS_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define SUMS_8(d, i) SUMS_4(d, i), SUMS_4(d, i + 4)
 #define SUMS_16(d, i) SUMS_8(d, i), SUMS_8(d, i + 8)
@@ -66,13 +66,6 @@ __device__ inline void products_wait() {
 
 template <int n>
 __device__ void warpgroup_product(float (&d)[n / 2], const uint32_t (&a)[4], uint64_t b);
-
-template <>
-__device__ inline void warpgroup_product<8>(float (&d)[4], const uint32_t (&a)[4], uint64_t b) {
-  asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, {%4, %5, %6, %7}, %8, 1, 1, 1, 0;"
-               : SUMS_4(d, 0)
-               : OPERANDS(a, b));
-}
 
 template <>
 __device__ inline void warpgroup_product<16>(float (&d)[8], const uint32_t (&a)[4], uint64_t b) {

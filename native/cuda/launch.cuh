@@ -7,11 +7,13 @@
 
 namespace adaptrt {
 
+struct cublas_library;
+
 struct product_context {
-  int device, multiprocessors;
-  int shared_bytes, shared_start;  // shared memory that a block may have, and the address where it starts
+  int device, multiprocessors, shared_bytes;  // shared memory that a block may have
   bool hopper;                                // wgmma, bulk copies, programmatic dependent launch
   nf4_values codebook;
+  cublas_library *cublas;                               // or none
   decltype(&cuTensorMapEncodeTiled) encode_tensor_map;  // of the driver; on Hopper
 };
 
@@ -35,6 +37,13 @@ cudaError_t prepare_few(const product_context &context);
 // product_many.cu: any number of tokens, on Hopper.
 cudaError_t launch_many(const product_call &call);
 size_t many_workspace_bytes(const product_context &context);
+
+// product_dense.cu: dequantize, then cuBLAS.
+cublas_library *load_cublas();
+void unload_cublas(cublas_library *cublas);
+bool can_multiply_dense(const product_context &context, const packed_matrix &w);
+size_t dense_workspace_bytes(const packed_matrix &w);
+cudaError_t launch_dense(const product_call &call);
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t align_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }

@@ -20,12 +20,12 @@ cudaError_t product_create(int device, product_context **out) {
   cudaDeviceProp properties;
   cudaError_t status = cudaGetDeviceProperties(&properties, device);
   if (status != cudaSuccess) return status;
+  if (int(properties.reservedSharedMemPerBlock) != shared_start) return cudaErrorNotSupported;
   product_context *context = new (std::nothrow) product_context();
   if (!context) return cudaErrorMemoryAllocation;
   context->device = device;
   context->multiprocessors = properties.multiProcessorCount;
   context->shared_bytes = int(properties.sharedMemPerBlockOptin);
-  context->shared_start = int(properties.reservedSharedMemPerBlock);
   context->hopper = properties.major == 9;
   for (int i = 0; i < 16; i++) context->codebook.value[i] = __float2bfloat16(NF4_CODEBOOK[i]);
   status = context->hopper ? find_tensor_map_encoder(context) : cudaSuccess;
@@ -34,15 +34,29 @@ cudaError_t product_create(int device, product_context **out) {
     product_destroy(context);
     return status;
   }
+  context->cublas = load_cublas();
   *out = context;
   return cudaSuccess;
 }
 
-void product_destroy(product_context *context) { delete context; }
+void product_destroy(product_context *context) {
+  if (context) unload_cublas(context->cublas);
+  delete context;
+}
+
+// Which kernels are best for how many tokens, measured on an H200 (spec/performance.md).
+enum class way { few, many, dense };
+
+static way choose(const product_context &context, const packed_matrix &w, int tokens) {
+  constexpr int dense_from_hopper = 1024, dense_from = 64;
+  if (tokens >= (context.hopper ? dense_from_hopper : dense_from) && can_multiply_dense(context, w)) return way::dense;
+  return context.hopper && tokens > few_tokens_at_once(context, w) ? way::many : way::few;
+}
 
 size_t product_workspace_bytes(const product_context *context, const packed_matrix &w, int max_tokens) {
-  bool splits = context->hopper && max_tokens > few_tokens_at_once(*context, w);
-  return splits ? many_workspace_bytes(*context) : workspace_zero_bytes;
+  size_t most = context->hopper ? many_workspace_bytes(*context) : workspace_zero_bytes;
+  if (choose(*context, w, max_tokens) != way::dense) return most;
+  return most > dense_workspace_bytes(w) ? most : dense_workspace_bytes(w);
 }
 
 // Tokens in groups that fit into the kernel for few of them.
@@ -65,8 +79,11 @@ cudaError_t launch_product(const product_context *context, const packed_matrix &
                            cudaStream_t stream) {
   if (tokens < 1) return tokens ? cudaErrorInvalidValue : cudaSuccess;
   product_call call = {context, w, x, x_stride, tokens, out, workspace, stream};
-  if (context->hopper && tokens > few_tokens_at_once(*context, w)) return launch_many(call);
-  return launch_in_groups(call);
+  switch (choose(*context, w, tokens)) {
+    case way::dense: return launch_dense(call);
+    case way::many: return launch_many(call);
+    default: return launch_in_groups(call);
+  }
 }
 
 }  // namespace adaptrt

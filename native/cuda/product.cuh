@@ -37,7 +37,7 @@ struct packed_matrix {
   int64_t rows, cols;
   int64_t row_tiles, col_blocks;  // col_blocks counts the padding
   uint8_t *codes;                 // [row_tiles, col_blocks, tile]: a tile is 512 bytes of nf4, 1024 of int8, 2048 of bf16
-  __half2 *scales;                // [row_tiles, col_blocks / 4, 8, 4]: of rows g and g + 8; absent for bf16
+  __half2 *scales;                // [row_tiles, col_blocks, 8]: of rows g and g + 8; absent for bf16
   float *unit;                    // [1], a power of two: a block's scale is its half times this
 };
 

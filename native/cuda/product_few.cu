@@ -10,12 +10,14 @@
 namespace adaptrt {
 namespace {
 
-constexpr int multiplying_warps = 23;  // with one more to add sums: as many as have 80 registers a thread
+constexpr int multiplying_warps = 15;  // and one more to add sums
 constexpr int all_threads = (multiplying_warps + 1) * 32;
+// Half of a multiprocessor for each block: the next product's can start beside it and load its first weights.
+constexpr int blocks_beside = 2;
 constexpr int chunk_vectors = 4;  // 16-byte loads of a lane in flight
 constexpr int chunk_bytes = chunk_vectors * 512;
 constexpr int parts_at_most = 16;
-constexpr int tiles_in_flight = 4;
+constexpr int tiles_in_flight = 2;
 
 template <weight_kind kind>
 constexpr int chunk_blocks = chunk_vectors / decoder<kind>::vectors;
@@ -25,9 +27,9 @@ struct division {
   int chunks, part_chunks, parts;
 };
 
-// Offsets into shared memory.
+// Offsets into shared memory. The pair table, for nf4, comes first.
 struct shared_plan {
-  int table, sums, tokens, bytes;
+  int barriers, sums, tokens, bytes;
 };
 
 struct few_arguments {
@@ -98,7 +100,7 @@ __device__ void stage_tokens(uint8_t *tokens, const few_arguments &args) {
 // ---- the way through the matrix ----
 
 struct position {
-  int64_t tile;
+  int tile;
   int turn;  // which of the tiles of this block of threads
   int part, chunk;
 };
@@ -114,7 +116,7 @@ __device__ void next_part(position &p, const few_arguments &args, int turns) {
 }
 
 __device__ position first_position(const few_arguments &args) {
-  position p = {int64_t(blockIdx.x), 0, 0, 0};
+  position p = {int(blockIdx.x), 0, 0, 0};
   next_part(p, args, threadIdx.x / 32);
   return p;
 }
@@ -127,7 +129,7 @@ __device__ bool advance(position &p, const few_arguments &args) {
   return false;
 }
 
-// The weights of a chunk that a lane holds. Scales: nf4 has four blocks in a chunk, int8 two.
+// The weights of a chunk that a lane holds.
 template <weight_kind kind>
 struct chunk {
   uint4 codes[chunk_vectors];
@@ -142,20 +144,15 @@ struct chunk_source {
 
   __device__ void seek(const packed_matrix &w, const position &p) {
     int lane = threadIdx.x % 32;
-    int64_t block = p.tile * w.col_blocks + p.chunk * chunk_blocks<kind>;
-    codes = w.codes + block * tile_bytes(kind) + lane * 16;
-    if constexpr (decoder<kind>::scaled) scales = w.scales + scale_index(block, lane / 4);
+    uint32_t block = p.tile * uint32_t(w.col_blocks) + p.chunk * chunk_blocks<kind>;
+    codes = w.codes + uint64_t(block) * tile_bytes(kind) + lane * 16;
+    if constexpr (decoder<kind>::scaled) scales = w.scales + uint64_t(block) * 8 + lane / 4;
   }
   __device__ void fetch_block(chunk<kind> &c, int i) const {
     constexpr int vectors = decoder<kind>::vectors;
 #pragma unroll
     for (int j = i * vectors; j < (i + 1) * vectors; j++) c.codes[j] = load_once(codes + j * 512, policy);
-  }
-  __device__ void fetch_scales(chunk<kind> &c) const {
-    if constexpr (chunk_blocks<kind> == 4)
-      *reinterpret_cast<uint4 *>(c.scales) = __ldg(reinterpret_cast<const uint4 *>(scales));
-    else if constexpr (decoder<kind>::scaled)
-      *reinterpret_cast<uint2 *>(c.scales) = __ldg(reinterpret_cast<const uint2 *>(scales));
+    if constexpr (decoder<kind>::scaled) c.scales[i] = __ldg(scales + i * 8);
   }
 };
 
@@ -168,7 +165,7 @@ __device__ void multiply_add(float c[4], const uint32_t a[4], uint32_t b0, uint3
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// What a lane holds of the tokens' operand for one block. Two of them in turn, so that loading the next need not wait.
+// What a lane holds of the tokens' operand for one block.
 struct token_registers {
   uint4 half[2];
 };
@@ -246,26 +243,21 @@ __device__ void multiply_parts(uint8_t *shared, tile_barriers &barriers, const f
                                chunk<kind> &weights, chunk_source<kind> &source) {
   int lane = threadIdx.x % 32, token = lane / 4;
   bool there = token < args.tokens;
-  decoder<kind> decode = {shared_address(shared + args.plan.table) + lane * 4};
+  decoder<kind> decode = {uint32_t(lane * 4)};
   uint32_t tokens = shared_address(shared + args.plan.tokens) + token_piece(args.tokens, 0, token, 0, lane % 4);
   uint32_t block_stride = args.tokens * 128;
-  token_registers b[2] = {};
+  token_registers b = {};
   float sums[4] = {0, 0, 0, 0};
   while (now.tile < args.w.row_tiles) {
     position next = now;
     bool goes_on = advance(next, args), more = next.tile < args.w.row_tiles;
-    __half2 scales[chunk_blocks<kind>];
-    for (int i = 0; i < chunk_blocks<kind>; i++) scales[i] = weights.scales[i];
-    if (more) {
-      source.seek(args.w, next);
-      source.fetch_scales(weights);
-    }
+    if (more) source.seek(args.w, next);
     uint32_t at = tokens + now.chunk * chunk_blocks<kind> * block_stride;
 #pragma unroll
     for (int i = 0; i < chunk_blocks<kind>; i++, at += block_stride) {
-      load_if(there, b[i % 2].half[0], at);
-      load_if(there, b[i % 2].half[1], at ^ 64);
-      multiply_block<kind>(sums, weights.codes + i * decoder<kind>::vectors, scales[i], b[i % 2], decode);
+      load_if(there, b.half[0], at);
+      load_if(there, b.half[1], at ^ 64);
+      multiply_block<kind>(sums, weights.codes + i * decoder<kind>::vectors, weights.scales[i], b, decode);
       if (more) source.fetch_block(weights, i);
     }
     if (!goes_on) {
@@ -277,9 +269,9 @@ __device__ void multiply_parts(uint8_t *shared, tile_barriers &barriers, const f
 }
 
 template <weight_kind kind>
-__global__ void __launch_bounds__(all_threads, 1) product_few(const __grid_constant__ few_arguments args) {
+__global__ void __launch_bounds__(all_threads, blocks_beside) product_few(const __grid_constant__ few_arguments args) {
   extern __shared__ __align__(1024) uint8_t shared[];
-  tile_barriers &barriers = *reinterpret_cast<tile_barriers *>(shared);
+  tile_barriers &barriers = *reinterpret_cast<tile_barriers *>(shared + args.plan.barriers);
   bool multiplies = threadIdx.x / 32 < multiplying_warps;
 
   let_next_kernel_start();
@@ -288,7 +280,6 @@ __global__ void __launch_bounds__(all_threads, 1) product_few(const __grid_const
   chunk<kind> weights = {};
   if (multiplies && start.tile < args.w.row_tiles) {
     source.seek(args.w, start);
-    source.fetch_scales(weights);
 #pragma unroll
     for (int i = 0; i < chunk_blocks<kind>; i++) source.fetch_block(weights, i);
   }
@@ -296,7 +287,7 @@ __global__ void __launch_bounds__(all_threads, 1) product_few(const __grid_const
     init_barrier(&barriers.full[threadIdx.x], args.by.parts);
     init_barrier(&barriers.empty[threadIdx.x], 1);
   }
-  if constexpr (kind == weight_kind::nf4) fill_pair_table(shared + args.plan.table, args.codebook, all_threads);
+  if constexpr (kind == weight_kind::nf4) fill_pair_table(shared, args.codebook, all_threads);
   wait_for_kernel_before();
   stage_tokens(shared + args.plan.tokens, args);
   __syncthreads();
@@ -315,21 +306,16 @@ division divide(const packed_matrix &w) {
   return {chunks, part_chunks, int(ceil_div(chunks, part_chunks))};
 }
 
-// The pair table must start at a multiple of its size. Sums go below it, and tokens too if there is room.
-shared_plan plan_shared(const product_context &context, const packed_matrix &w, int tokens) {
-  int64_t sums = align_up(sizeof(tile_barriers), 128);
-  int64_t tokens_below = sums + tiles_in_flight * divide(w).parts * tokens * tile_rows * int64_t(sizeof(float));
-  int64_t tokens_bytes = w.col_blocks * tokens * 128;
-  if (w.kind != weight_kind::nf4) return {0, int(sums), int(tokens_below), int(tokens_below + tokens_bytes)};
-  int64_t table = align_up(context.shared_start, pair_table_bytes) - context.shared_start;
-  int64_t end = table + pair_table_bytes;
-  if (tokens_below + tokens_bytes <= table) return {int(table), int(sums), int(tokens_below), int(end)};
-  return {int(table), int(sums), int(end), int(end + tokens_bytes)};
+shared_plan plan_shared(const packed_matrix &w, int tokens) {
+  int64_t barriers = w.kind == weight_kind::nf4 ? pair_table_bytes : 0;
+  int64_t sums = align_up(barriers + sizeof(tile_barriers), 128);
+  int64_t staged = sums + tiles_in_flight * divide(w).parts * tokens * tile_rows * int64_t(sizeof(float));
+  return {int(barriers), int(sums), int(staged), int(staged + w.col_blocks * tokens * 128)};
 }
 
 template <weight_kind kind>
 cudaError_t launch_kind(const product_call &call) {
-  shared_plan plan = plan_shared(*call.context, call.w, call.tokens);
+  shared_plan plan = plan_shared(call.w, call.tokens);
   few_arguments args = {call.w,   call.x, call.x_stride, call.tokens, call.out, call.context->codebook,
                         divide(call.w), plan};
   int64_t blocks = call.context->multiprocessors;
@@ -341,7 +327,7 @@ cudaError_t launch_kind(const product_call &call) {
 
 int few_tokens_at_once(const product_context &context, const packed_matrix &w) {
   int tokens = few_tokens;
-  while (tokens > 0 && plan_shared(context, w, tokens).bytes > context.shared_bytes) tokens--;
+  while (tokens > 0 && plan_shared(w, tokens).bytes > context.shared_bytes) tokens--;
   return tokens;
 }
 

@@ -1,37 +1,45 @@
 // Products for 9 tokens and more on Hopper (sm_90a).
 //
 // The matrix is cut into tiles of rows by tokens, the tiles into chunks of columns, and the chunks are dealt out evenly
-// to the multiprocessors ("stream-K"): a block of threads works through a run of chunks that may begin and end inside tiles. In
-// a block one warp copies weights to shared memory and one copies tokens, both far ahead; two warpgroups decode weights
-// into registers, scaled, and multiply while they decode the next ones. Tiles that several blocks share are summed by
-// whichever finishes last, in the order of the columns, so that results do not depend on timing.
+// to the multiprocessors ("stream-K"): a block of threads works through a run of chunks that may begin and end inside tiles.
+// In a block one warp copies weights to shared memory and one copies tokens, both far ahead. Warpgroups decode weights into
+// registers, scaled, and multiply while they decode the next ones. Where tokens are few and decoding is the work, two
+// teams of warpgroups take turns at the blocks of columns and add their sums at the end. Tiles that several blocks of threads
+// share are summed by whichever finishes last, in the order of the columns, so that results do not depend on timing.
 #include "hopper.cuh"
 #include "launch.cuh"
 
 namespace adaptrt {
 namespace {
 
-constexpr int warpgroups = 2;
-constexpr int multiplying_threads = warpgroups * 128;
-constexpr int all_threads = multiplying_threads + 128;  // a third warpgroup copies
-constexpr int copying_registers = 56, multiplying_registers = 224;
+constexpr int team_threads = 256;  // two warpgroups
+constexpr int copying_threads = 128;
 constexpr int chunk_bytes = 2048;  // codes of a tile of 16 rows
 constexpr int scale_bytes = 128;   // scales of 16 rows and four blocks of columns
+constexpr int stages_at_most = 16;
 constexpr int barrier_bytes = 1024;
-constexpr int tokens_below_table = 60 * 1024;
-constexpr int weights_above_table = 98 * 1024;
 
 template <weight_kind kind>
 constexpr int chunk_blocks = chunk_bytes / tile_bytes(kind);
 
-// `halves` products of 64 rows a warpgroup, each by n tokens.
-template <int halves, int n>
+// A tile of a block of threads: `halves` products of 64 rows a warpgroup, each by n tokens.
+template <int teams_, int halves_, int n_>
 struct shape {
-  static constexpr int rows = warpgroups * halves * 64, row_tiles = rows / tile_rows;
+  static constexpr int teams = teams_, halves = halves_, n = n_, registers = halves * n / 2;
+  static constexpr int rows = 128 * halves, row_tiles = rows / tile_rows;
+  static constexpr int multiplying_threads = teams * team_threads, threads = multiplying_threads + copying_threads;
+  static constexpr int copying_registers = teams == 1 ? 56 : 64, multiplying_registers = teams == 1 ? 224 : 104;
+
   static constexpr int token_stage_bytes = n * 128, weight_stage_bytes = row_tiles * (chunk_bytes + scale_bytes);
-  static constexpr int fitting = tokens_below_table / token_stage_bytes;
-  static constexpr int token_stages = fitting < 8 ? fitting : 8;
-  static constexpr int weight_stages = weights_above_table / weight_stage_bytes;
+  static constexpr int token_stages = n == 128 ? 5 : n == 64 ? 6 : stages_at_most;
+  static constexpr int weight_stages = halves == 1 ? 4 : 2;
+  static constexpr int sums_bytes = teams == 1 ? 0 : registers * team_threads * int(sizeof(float));
+
+  static constexpr int barriers_at = pair_table_bytes, tokens_at = barriers_at + barrier_bytes;
+  static constexpr int weights_at = tokens_at + token_stages * token_stage_bytes;
+  static constexpr int sums_at = weights_at + weight_stages * weight_stage_bytes;
+  static constexpr int shared_bytes = sums_at + sums_bytes;
+  static_assert(token_stages % teams == 0, "a team keeps to its stages");
 };
 
 struct many_arguments {
@@ -41,15 +49,15 @@ struct many_arguments {
   nf4_values codebook;
   int chunks, token_tiles;
   int64_t all_chunks;  // of all tiles
-  int table;           // its offset in shared memory
   uint32_t *arrived;   // [blocks], zero: parts of the split tile that starts in a block
-  float *parts;        // [2 * blocks, registers, multiplying_threads]
+  float *parts;        // [2 * blocks, registers, team_threads]
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 struct stage_barriers {
-  uint64_t tokens_full[8], tokens_empty[8], weights_full[8], weights_empty[8];
+  uint64_t tokens_full[stages_at_most], tokens_empty[stages_at_most];
+  uint64_t weights_full[stages_at_most], weights_empty[stages_at_most];
   uint32_t parts_before;  // of a split tile
 };
 
@@ -83,12 +91,13 @@ __device__ void for_each_segment(const many_arguments &args, work do_segment) {
 }
 
 // A place in a ring of stages, and the parity of its barriers' phase.
-template <int stages>
+template <int stages, int step = 1>
 struct ring {
   int stage = 0, parity = 0;
   __device__ void next() {
-    if (++stage < stages) return;
-    stage = 0;
+    stage += step;
+    if (stage < stages) return;
+    stage -= stages;
     parity ^= 1;
   }
 };
@@ -114,20 +123,20 @@ __device__ void fetch_weights(const many_arguments &args, stage_barriers &barrie
       copy_to_shared(stage + lane * chunk_bytes, args.w.codes + block * tile_bytes(kind), chunk_bytes,
                      &barriers.weights_full[at.stage], policy);
       if constexpr (decoder<kind>::scaled)
-        copy_to_shared(stage + s::row_tiles * chunk_bytes + lane * scale_bytes, args.w.scales + block / 4 * 32,
+        copy_to_shared(stage + s::row_tiles * chunk_bytes + lane * scale_bytes, args.w.scales + block / 4 * 4 * 8,
                        scale_bytes, &barriers.weights_full[at.stage], policy);
     }
   });
 }
 
-template <weight_kind kind, typename s, int n>
+template <weight_kind kind, typename s>
 __device__ void fetch_tokens(const many_arguments &args, const CUtensorMap &x, stage_barriers &barriers,
                              uint8_t *stages) {
   wait_for_kernel_before();
   if (threadIdx.x % 32) return;
   ring<s::token_stages> at;
   for_each_segment(args, [&](const segment &seg) {
-    int token = int(seg.tile % args.token_tiles) * n, end = (seg.first + seg.n) * chunk_blocks<kind>;
+    int token = int(seg.tile % args.token_tiles) * s::n, end = (seg.first + seg.n) * chunk_blocks<kind>;
     for (int block = seg.first * chunk_blocks<kind>; block < end; block++, at.next()) {
       wait_barrier(&barriers.tokens_empty[at.stage], at.parity ^ 1);
       expect_bytes(&barriers.tokens_full[at.stage], s::token_stage_bytes);
@@ -139,71 +148,92 @@ __device__ void fetch_tokens(const many_arguments &args, const CUtensorMap &x, s
 
 // ---- multiplying ----
 
-__device__ uint32_t scaled(uint32_t pair, __nv_bfloat162 by) {
-  __nv_bfloat162 product = __hmul2(*reinterpret_cast<__nv_bfloat162 *>(&pair), by);
-  return *reinterpret_cast<uint32_t *>(&product);
-}
-
-// A tile of 16 rows by 64 columns, as the operand of four steps.
 template <weight_kind kind>
-__device__ void decode_tile(uint32_t (&a)[4][4], const uint8_t *codes, __half2 scales, const decoder<kind> &decode) {
-  uint4 v[decoder<kind>::vectors];
+__device__ void load_tile(uint4 (&codes)[decoder<kind>::vectors], const uint8_t *tile) {
 #pragma unroll
   for (int i = 0; i < decoder<kind>::vectors; i++)
-    v[i] = *reinterpret_cast<const uint4 *>(codes + i * 512 + threadIdx.x % 32 * 16);
-  __nv_bfloat162 upper = __float2bfloat162_rn(__low2float(scales)), lower = __float2bfloat162_rn(__high2float(scales));
-#pragma unroll
-  for (int step = 0; step < 4; step++) {
-    decode.step(v, step, a[step]);
-    if constexpr (decoder<kind>::scaled)
-      for (int r = 0; r < 4; r++) a[step][r] = scaled(a[step][r], r % 2 ? lower : upper);
-  }
+    codes[i] = *reinterpret_cast<const uint4 *>(tile + i * 512 + threadIdx.x % 32 * 16);
 }
 
-template <weight_kind kind, int halves, int n>
+// Barriers of warps: 0 is __syncthreads.
+enum : int { team_barrier = 1, multipliers_barrier, sums_left, sums_taken };
+
+template <int threads>
+__device__ void wait_with(int barrier) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(threads) : "memory");
+}
+template <int threads>
+__device__ void arrive_at(int barrier) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(threads) : "memory");
+}
+
+__device__ inline uint32_t count_up(uint32_t *counter) {  // what was written before is seen by who counts later
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
+
+template <weight_kind kind, typename s>
 struct multiplier {
-  using s = shape<halves, n>;
+  static constexpr int n = s::n, halves = s::halves;
+  // Of a chunk, by a team: so many tiles of a warp. One product is in flight while the next tile is decoded into the
+  // other registers, which takes turns over chunks only if their number is even.
+  static constexpr int team_blocks = chunk_blocks<kind> / s::teams;
+  static constexpr int in_flight = team_blocks * halves % 2 == 0 ? 1 : 0;
+
   const many_arguments &args;
+  uint8_t *shared;
   stage_barriers &barriers;
-  const uint8_t *token_stages, *weight_stages;
+  int team;
   decoder<kind> decode;
-  ring<s::token_stages> tokens;
+  ring<s::token_stages, s::teams> tokens;
   ring<s::weight_stages> weights;
   float sums[halves][n / 2];
+  int released;  // the stage of tokens that the products in flight read, or -1
 
   __device__ void clear() {
 #pragma unroll
-    for (int h = 0; h < halves; h++)
-#pragma unroll
-      for (int i = 0; i < n / 2; i++) sums[h][i] = 0;
+    for (int i = 0; i < s::registers; i++) sum(i) = 0;
   }
 
+  __device__ float &sum(int i) { return sums[i / (n / 2)][i % (n / 2)]; }
+
   __device__ int row_tile(int half) const {  // of this warp, in the tile of the block
-    int warp = threadIdx.x / 32;
+    int warp = threadIdx.x % team_threads / 32;
     return (warp / 4 * halves + half) * 4 + warp % 4;
   }
 
-  // While the tensor cores work on one decoded tile the next one is decoded, into the other registers.
-  __device__ void multiply_chunk(uint32_t (&a)[2][4][4], int &released) {
-    const uint8_t *stage = weight_stages + weights.stage * s::weight_stage_bytes;
-    wait_barrier(&barriers.weights_full[weights.stage], weights.parity);
-    const __half2 *scales = reinterpret_cast<const __half2 *>(stage + s::row_tiles * chunk_bytes);
+  __device__ void release_tokens() {
+    if (released >= 0 && threadIdx.x % 128 == 0) arrive_barrier(&barriers.tokens_empty[released]);
+    released = -1;
+  }
+
+  __device__ void multiply_tile(int half, const uint32_t (&a)[4][4]) {
+    uint64_t b = describe_operand(shared + s::tokens_at + tokens.stage * s::token_stage_bytes);
+    products_begin();
 #pragma unroll
-    for (int i = 0; i < chunk_blocks<kind>; i++) {
+    for (int step = 0; step < 4; step++) warpgroup_product<n>(sums[half], a[step], b + step * operand_step);
+    products_commit();
+    products_wait<in_flight>();
+  }
+
+  __device__ void multiply_chunk(uint32_t (&a)[2][4][4], int chunk) {
+    const uint8_t *stage = shared + s::weights_at + weights.stage * s::weight_stage_bytes;
+    const __half2 *scales = reinterpret_cast<const __half2 *>(stage + s::row_tiles * chunk_bytes) +
+                            chunk * chunk_blocks<kind> % 4 * 8 + threadIdx.x % 32 / 4;
+    wait_barrier(&barriers.weights_full[weights.stage], weights.parity);
+#pragma unroll
+    for (int j = 0; j < team_blocks; j++) {
+      int block = j * s::teams + team;
 #pragma unroll
       for (int h = 0; h < halves; h++) {
-        constexpr int blocks = chunk_blocks<kind>;
-        int tile = row_tile(h), buffer = (i * halves + h) % 2;
-        __half2 scale = scales[tile * 32 + threadIdx.x % 32 / 4 * 4 + (blocks == 4 ? i : scale_block + i)];
-        decode_tile<kind>(a[buffer], stage + tile * chunk_bytes + i * tile_bytes(kind), scale, decode);
+        int tile = row_tile(h), buffer = (j * halves + h) % 2;
+        uint4 codes[decoder<kind>::vectors];
+        load_tile<kind>(codes, stage + tile * chunk_bytes + block * tile_bytes(kind));
+        decode_tile<kind>(a[buffer], codes, scales[tile * 32 + block * 8], decode);
         if (h == 0) wait_barrier(&barriers.tokens_full[tokens.stage], tokens.parity);
-        uint64_t b = describe_operand(token_stages + tokens.stage * s::token_stage_bytes);
-        products_begin();
-#pragma unroll
-        for (int step = 0; step < 4; step++) warpgroup_product<n>(sums[h], a[buffer][step], b + step * operand_step);
-        products_commit();
-        products_wait<1>();
-        if (h == 0) release_tokens(released);
+        multiply_tile(h, a[buffer]);
+        if (h == 0) release_tokens();
       }
       released = tokens.stage;
       tokens.next();
@@ -213,78 +243,106 @@ struct multiplier {
     weights.next();
   }
 
-  int scale_block = 0;  // of the chunk's first block, among the four that share 128 bytes of scales
-
-  __device__ void release_tokens(int &stage) {
-    if (stage >= 0 && threadIdx.x % 128 == 0) arrive_barrier(&barriers.tokens_empty[stage]);
-    stage = -1;
-  }
-
   __device__ void multiply_segment(const segment &seg) {
     uint32_t a[2][4][4];
-    int released = -1;
+    released = -1;
     clear();
-    for (int chunk = seg.first; chunk < seg.first + seg.n; chunk++) {
-      scale_block = chunk * chunk_blocks<kind> % 4;
-      multiply_chunk(a, released);
-    }
+    for (int chunk = seg.first; chunk < seg.first + seg.n; chunk++) multiply_chunk(a, chunk);
     products_wait<0>();
-    release_tokens(released);
+    release_tokens();
+  }
+
+  // True in the team that then has the sums of both.
+  __device__ bool add_teams(bool first_time) {
+    if constexpr (s::teams == 1) return true;
+    float *left = reinterpret_cast<float *>(shared + s::sums_at) + threadIdx.x % team_threads;
+    if (team == 1) {
+      if (!first_time) wait_with<2 * team_threads>(sums_taken);
+#pragma unroll
+      for (int i = 0; i < s::registers; i++) left[i * team_threads] = sum(i);
+      arrive_at<2 * team_threads>(sums_left);
+      return false;
+    }
+    wait_with<2 * team_threads>(sums_left);
+#pragma unroll
+    for (int i = 0; i < s::registers; i++) sum(i) += left[i * team_threads];
+    arrive_at<2 * team_threads>(sums_taken);
+    return true;
   }
 
   // Register i of a half belongs to row 16 tile + g + 8 (i / 2 % 2) and token 8 (i / 4) + 2 t + i % 2 of lane 4g + t.
-  __device__ void write_tile(int64_t tile, float unit) const {
-    int64_t first_row = tile / args.token_tiles * s::rows, first_token = tile % args.token_tiles * n;
-    int lane = threadIdx.x % 32;
+  template <typename store>
+  __device__ void for_each_sum(int64_t tile, store store_sum) {
+    int64_t first_row = tile / args.token_tiles * s::rows + threadIdx.x % 32 / 4;
+    int first_token = int(tile % args.token_tiles) * n + threadIdx.x % 4 * 2;
 #pragma unroll
     for (int h = 0; h < halves; h++) {
 #pragma unroll
-      for (int i = 0; i < n / 2; i++) {
-        int64_t row = first_row + row_tile(h) * tile_rows + lane / 4 + i / 2 % 2 * 8;
-        int64_t token = first_token + i / 4 * 8 + lane % 4 * 2 + i % 2;
-        if (row < args.w.rows && token < args.tokens) store_result(args.out, token, row, sums[h][i] * unit);
+      for (int lower = 0; lower < 2; lower++) {
+        int64_t row = first_row + row_tile(h) * tile_rows + lower * 8;
+        if (row >= args.w.rows) continue;
+#pragma unroll
+        for (int i = 0; i < n / 4; i++) {
+          int token = first_token + i / 2 * 8 + i % 2;
+          if (token < args.tokens) store_sum(token * args.out.stride + row, sums[h][i / 2 * 4 + lower * 2 + i % 2]);
+        }
       }
     }
   }
 
+  __device__ void write_tile(int64_t tile, float unit) {
+    float *y = static_cast<float *>(args.out.y);
+    __nv_bfloat16 *rounded = static_cast<__nv_bfloat16 *>(args.out.y);
+    if (args.out.bf16)
+      for_each_sum(tile, [&](int64_t i, float v) { rounded[i] = __float2bfloat16(v * unit); });
+    else if (args.out.accumulate)
+      for_each_sum(tile, [&](int64_t i, float v) { y[i] += v * unit; });
+    else
+      for_each_sum(tile, [&](int64_t i, float v) { y[i] = v * unit; });
+  }
+
   __device__ float *part(int64_t slot) const {
-    return args.parts + slot * (halves * n / 2) * multiplying_threads + threadIdx.x;
+    return args.parts + slot * s::registers * team_threads + threadIdx.x % team_threads;
   }
 
-  __device__ void leave_part(int64_t slot) const {
+  __device__ void leave_part(int64_t slot) {
 #pragma unroll
-    for (int i = 0; i < halves * n / 2; i++) __stcg(part(slot) + i * multiplying_threads, sums[i / (n / 2)][i % (n / 2)]);
+    for (int i = 0; i < s::registers; i++) __stcg(part(slot) + i * team_threads, sum(i));
   }
 
-  __device__ void add_part(int64_t slot) {
+  // The sum of parts, in order, with as many loads in flight as registers allow.
+  __device__ void add_parts(int64_t first_block, int64_t last_block) {
+    constexpr int batch = s::registers < 32 ? s::registers : 32, at_once = s::registers > 32 ? 2 : 32 / batch;
+    clear();
 #pragma unroll
-    for (int i = 0; i < halves * n / 2; i++) sums[i / (n / 2)][i % (n / 2)] += __ldcg(part(slot) + i * multiplying_threads);
+    for (int first = 0; first < s::registers; first += batch) {
+      for (int64_t block = first_block; block <= last_block; block += at_once) {
+        float v[at_once][batch];
+#pragma unroll
+        for (int j = 0; j < at_once; j++) {
+          const float *from = part(2 * (block + j) + (block + j > first_block)) + first * team_threads;
+#pragma unroll
+          for (int i = 0; i < batch; i++) v[j][i] = block + j <= last_block ? __ldcg(from + i * team_threads) : 0.f;
+        }
+#pragma unroll
+        for (int j = 0; j < at_once; j++)
+          for (int i = 0; i < batch; i++) sum(first + i) += v[j][i];
+      }
+    }
   }
-
-  // True in the block that is the last of those with a part in the tile.
-  __device__ bool is_last(int64_t first_block, int64_t last_block) const {
-    __threadfence();
-    wait_for_multipliers();
-    if (threadIdx.x == 0) barriers.parts_before = atomicAdd(args.arrived + first_block, 1);
-    wait_for_multipliers();
-    bool last = barriers.parts_before == last_block - first_block;
-    wait_for_multipliers();
-    __threadfence();
-    if (last && threadIdx.x == 0) args.arrived[first_block] = 0;
-    return last;
-  }
-
-  __device__ static void wait_for_multipliers() { asm volatile("bar.sync 1, %0;" ::"n"(multiplying_threads) : "memory"); }
 
   // A block leaves at most two parts: of the tile that it ends in, at 2 block, and of one that started before, at 2 block + 1.
+  // True in the block that is the last of those with a part in the tile; it then has the whole sums.
   __device__ bool share(const segment &seg) {
-    int64_t begin = seg.tile * args.chunks, end = begin + args.chunks - 1;
-    int64_t first_block = block_of(begin), last_block = block_of(end);
+    int64_t begin = seg.tile * args.chunks;
+    int64_t first_block = block_of(begin), last_block = block_of(begin + args.chunks - 1);
     leave_part(2 * int64_t(blockIdx.x) + (blockIdx.x != first_block));
-    if (!is_last(first_block, last_block)) return false;
-    clear();
-    add_part(2 * first_block);
-    for (int64_t block = first_block + 1; block <= last_block; block++) add_part(2 * block + 1);
+    wait_with<team_threads>(team_barrier);
+    if (threadIdx.x % team_threads == 0) barriers.parts_before = count_up(args.arrived + first_block);
+    wait_with<team_threads>(team_barrier);
+    if (barriers.parts_before != last_block - first_block) return false;
+    if (threadIdx.x % team_threads == 0) args.arrived[first_block] = 0;
+    add_parts(first_block, last_block);
     return true;
   }
 
@@ -297,65 +355,54 @@ struct multiplier {
 
   __device__ void run() {
     float unit = decoder<kind>::scaled ? *args.w.unit : 1.f;
+    bool first_time = true;
+    tokens.stage = team;
     wait_for_kernel_before();
     for_each_segment(args, [&](const segment &seg) {
       multiply_segment(seg);
-      if (seg.n == args.chunks || share(seg)) write_tile(seg.tile, unit);
+      if (add_teams(first_time) && (seg.n == args.chunks || share(seg))) write_tile(seg.tile, unit);
+      first_time = false;
     });
   }
 };
 
-template <weight_kind kind, int halves, int n>
+template <weight_kind kind, typename s>
 __device__ void multiply_many(const many_arguments &args, const CUtensorMap &x, uint8_t *shared) {
-  using s = shape<halves, n>;
-  stage_barriers &barriers = *reinterpret_cast<stage_barriers *>(shared);
-  uint8_t *token_stages = shared + barrier_bytes, *table = shared + args.table;
-  uint8_t *weight_stages = table + pair_table_bytes;
+  stage_barriers &barriers = *reinterpret_cast<stage_barriers *>(shared + s::barriers_at);
   let_next_kernel_start();
-  if (threadIdx.x < 8) {
+  if (threadIdx.x < stages_at_most) {
     init_barrier(&barriers.tokens_full[threadIdx.x], 1);
-    init_barrier(&barriers.tokens_empty[threadIdx.x], warpgroups);
+    init_barrier(&barriers.tokens_empty[threadIdx.x], 2);  // the warpgroups of a team
     init_barrier(&barriers.weights_full[threadIdx.x], 1);
-    init_barrier(&barriers.weights_empty[threadIdx.x], multiplying_threads / 32);
+    init_barrier(&barriers.weights_empty[threadIdx.x], s::multiplying_threads / 32);
     publish_barriers();
   }
   __syncthreads();
-  if (threadIdx.x >= multiplying_threads) {
-    limit_registers<copying_registers>();
-    int warp = (threadIdx.x - multiplying_threads) / 32;
-    if (warp == 0) fetch_weights<kind, s>(args, barriers, weight_stages);
-    if (warp == 1) fetch_tokens<kind, s, n>(args, x, barriers, token_stages);
+  if (threadIdx.x >= s::multiplying_threads) {
+    limit_registers<s::copying_registers>();
+    int warp = (threadIdx.x - s::multiplying_threads) / 32;
+    if (warp == 0) fetch_weights<kind, s>(args, barriers, shared + s::weights_at);
+    if (warp == 1) fetch_tokens<kind, s>(args, x, barriers, shared + s::tokens_at);
   } else {
-    take_registers<multiplying_registers>();
-    if constexpr (kind == weight_kind::nf4) fill_pair_table(table, args.codebook, multiplying_threads);
-    multiplier<kind, halves, n>::wait_for_multipliers();
-    decoder<kind> decode = {shared_address(table) + threadIdx.x % 32 * 4};
-    multiplier<kind, halves, n> m = {args, barriers, token_stages, weight_stages, decode};
+    take_registers<s::multiplying_registers>();
+    if constexpr (kind == weight_kind::nf4) fill_pair_table(shared, args.codebook, s::multiplying_threads);
+    wait_with<s::multiplying_threads>(multipliers_barrier);
+    multiplier<kind, s> m = {args, shared, barriers, int(threadIdx.x) / team_threads, {threadIdx.x % 32 * 4}};
     m.run();
   }
 }
 #endif
 
-template <weight_kind kind, int halves, int n>
-__global__ void __launch_bounds__(all_threads, 1)
+template <weight_kind kind, typename s>
+__global__ void __launch_bounds__(s::threads, 1)
     product_many(const __grid_constant__ many_arguments args, const __grid_constant__ CUtensorMap x) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) uint8_t shared[];
-  multiply_many<kind, halves, n>(args, x, shared);
+  multiply_many<kind, s>(args, x, shared);
 #endif
 }
 
 // ---- launching ----
-
-template <int halves, int n>
-int64_t tiles_of(const packed_matrix &w, int tokens) {
-  return ceil_div(w.rows, shape<halves, n>::rows) * ceil_div(tokens, n);
-}
-
-template <int halves, int n>
-size_t workspace_of(const product_context &context) {
-  return workspace_zero_bytes + 2 * size_t(context.multiprocessors) * shape<halves, n>::rows * n * sizeof(float);
-}
 
 // Columns in boxes of 64, tokens in boxes of n.
 cudaError_t describe_tokens(const product_call &call, int n, CUtensorMap *map) {
@@ -369,40 +416,42 @@ cudaError_t describe_tokens(const product_call &call, int n, CUtensorMap *map) {
   return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-template <weight_kind kind, int halves, int n>
+template <weight_kind kind, typename s>
 cudaError_t launch_shape(const product_call &call) {
-  using s = shape<halves, n>;
   CUtensorMap x;
-  cudaError_t status = describe_tokens(call, n, &x);
+  cudaError_t status = describe_tokens(call, s::n, &x);
   if (status != cudaSuccess) return status;
-  int table = int(align_up(call.context->shared_start, pair_table_bytes)) - call.context->shared_start;
-  int bytes = table + pair_table_bytes + s::weight_stages * s::weight_stage_bytes;
   many_arguments args = {call.w, call.tokens, call.out, call.context->codebook};
   args.chunks = int(call.w.col_blocks / chunk_blocks<kind>);
-  args.token_tiles = int(ceil_div(call.tokens, n));
-  args.all_chunks = tiles_of<halves, n>(call.w, call.tokens) * args.chunks;
-  args.table = table;
+  args.token_tiles = int(ceil_div(call.tokens, s::n));
+  args.all_chunks = ceil_div(call.w.rows, s::rows) * args.token_tiles * args.chunks;
   args.arrived = static_cast<uint32_t *>(call.workspace);
   args.parts = reinterpret_cast<float *>(static_cast<uint8_t *>(call.workspace) + workspace_zero_bytes);
   int64_t blocks = call.context->multiprocessors;
   if (blocks > args.all_chunks) blocks = args.all_chunks;
-  status = cudaFuncSetAttribute(product_many<kind, halves, n>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  status =
+      cudaFuncSetAttribute(product_many<kind, s>, cudaFuncAttributeMaxDynamicSharedMemorySize, s::shared_bytes);
   if (status != cudaSuccess) return status;
-  return launch(call, product_many<kind, halves, n>, dim3(unsigned(blocks)), dim3(all_threads), size_t(bytes), args, x);
+  return launch(call, product_many<kind, s>, dim3(unsigned(blocks)), dim3(s::threads), s::shared_bytes, args, x);
 }
+
+using largest_shape = shape<1, 2, 128>;
 
 template <weight_kind kind>
 cudaError_t launch_kind(const product_call &call) {
-  if (call.tokens <= 8) return launch_shape<kind, 1, 8>(call);
-  if (call.tokens <= 16) return launch_shape<kind, 1, 16>(call);
-  if (call.tokens <= 32) return launch_shape<kind, 1, 32>(call);
-  if (call.tokens <= 64) return launch_shape<kind, 1, 64>(call);
-  return launch_shape<kind, 2, 128>(call);
+  constexpr int teams = kind == weight_kind::bf16 ? 1 : 2;  // a chunk of bf16 is one block of columns
+  if (call.tokens <= 16) return launch_shape<kind, shape<teams, 1, 16>>(call);
+  if (call.tokens <= 32) return launch_shape<kind, shape<teams, 1, 32>>(call);
+  if (call.tokens <= 64) return launch_shape<kind, shape<teams, 1, 64>>(call);
+  return launch_shape<kind, largest_shape>(call);
 }
 
 }  // namespace
 
-size_t many_workspace_bytes(const product_context &context) { return workspace_of<2, 128>(context); }
+size_t many_workspace_bytes(const product_context &context) {
+  size_t part = size_t(largest_shape::registers) * team_threads * sizeof(float);
+  return workspace_zero_bytes + 2 * size_t(context.multiprocessors) * part;
+}
 
 cudaError_t launch_many(const product_call &call) {
   switch (call.w.kind) {

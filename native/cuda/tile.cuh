@@ -33,10 +33,5 @@ __host__ __device__ inline int byte_in_tile(weight_kind kind, const tile_place &
   }
 }
 
-// Scales are ordered [row tile, four blocks of columns, row % 8, block]: a lane reads those of a row's four blocks at once.
-__host__ __device__ inline int64_t scale_index(int64_t tile, int row_in_half) {
-  return tile / 4 * 32 + row_in_half * 4 + tile % 4;
-}
-
 }  // namespace adaptrt
 #endif
