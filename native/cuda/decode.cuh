@@ -97,14 +97,30 @@ __device__ void decode_tile(uint32_t (&a)[4][4], const uint4 *codes, __half2 sca
   }
 }
 
-// 16 bytes of weights, read once: past L1, and first to leave L2, where tokens and keys should stay.
-__device__ inline uint4 load_once(const void *p, uint64_t policy) {
+__device__ inline uint4 load_vector(uint32_t address) {
   uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
-      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p), "l"(policy));
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
   return v;
 }
 
+__device__ inline __half2 load_half2(uint32_t address) {
+  uint32_t bits;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(bits) : "r"(address));
+  return *reinterpret_cast<__half2 *>(&bits);
+}
+
+// 16 bytes of weights, past L1 to shared memory.
+__device__ inline void copy_async(uint32_t to, const void *from, uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy)
+               : "memory");
+}
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int still_on_their_way>
+__device__ inline void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(still_on_their_way) : "memory");
+}
+
+// Weights are read once: they are the first to leave L2, where tokens and keys should stay.
 __device__ inline uint64_t evict_first_policy() {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));

@@ -1,26 +1,25 @@
 // Products for up to 8 tokens: bound by the bytes of the weights, so everything serves the stream of loads.
 //
 // A block of threads keeps all tokens in shared memory and walks over tiles of 16 rows. Its warps take turns at the
-// parts of the tiles' columns: each multiplies its part on tensor cores (16 rows by up to 8 tokens), block after block of 64
-// columns, and reloads the registers of a block as soon as it is done. The sums of the parts meet in shared memory, where one
-// more warp adds them in a fixed order. No warp waits for another, as long as it is not several tiles ahead.
+// parts of the tiles' columns: each has the next chunks of its own weights on their way to its own piece of shared memory,
+// decodes a block of 64 columns at a time and multiplies it on tensor cores (16 rows by up to 8 tokens). The sums of the parts
+// meet in shared memory, where one more warp adds them in a fixed order. No warp waits for another, as long as it is not
+// several tiles ahead.
 #include "barrier.cuh"
 #include "launch.cuh"
 
 namespace adaptrt {
 namespace {
 
-constexpr int multiplying_warps = 15;  // and one more to add sums
-constexpr int all_threads = (multiplying_warps + 1) * 32;
-// Half of a multiprocessor for each block: the next product's can start beside it and load its first weights.
-constexpr int blocks_beside = 2;
-constexpr int chunk_vectors = 4;  // 16-byte loads of a lane in flight
-constexpr int chunk_bytes = chunk_vectors * 512;
+constexpr int warps_at_most = 24, warps_at_least = 8;  // one of them adds sums
+constexpr int chunk_bytes = 2048, scale_bytes = 128;    // of a tile's codes, and room for their scales
+constexpr int slot_bytes = chunk_bytes + scale_bytes;
+constexpr int chunks_ahead = 2;
 constexpr int parts_at_most = 16;
 constexpr int tiles_in_flight = 2;
 
 template <weight_kind kind>
-constexpr int chunk_blocks = chunk_vectors / decoder<kind>::vectors;
+constexpr int chunk_blocks = chunk_bytes / tile_bytes(kind);
 
 // A row's columns: `chunks` chunks in `parts` parts of `part_chunks`, the last one perhaps shorter.
 struct division {
@@ -29,7 +28,7 @@ struct division {
 
 // Offsets into shared memory. The pair table, for nf4, comes first.
 struct shared_plan {
-  int barriers, sums, tokens, bytes;
+  int barriers, weights, sums, tokens, bytes;
 };
 
 struct few_arguments {
@@ -41,6 +40,7 @@ struct few_arguments {
   nf4_values codebook;
   division by;
   shared_plan plan;
+  int warps;  // that multiply
 };
 
 // Of the tile that is number n of a block of threads: its sums are at n % tiles_in_flight.
@@ -84,7 +84,7 @@ __device__ void spread_columns(uint8_t *tokens, const uint4 &v, int n_tokens, in
 
 __device__ void stage_tokens(uint8_t *tokens, const few_arguments &args) {
   constexpr int at_once = 4;  // loads in flight
-  for (int i = threadIdx.x; i < args.w.col_blocks * 8; i += all_threads) {
+  for (int i = threadIdx.x; i < args.w.col_blocks * 8; i += blockDim.x) {
     for (int first = 0; first < args.tokens; first += at_once) {
       uint4 v[at_once];
 #pragma unroll
@@ -125,35 +125,34 @@ __device__ position first_position(const few_arguments &args) {
 __device__ bool advance(position &p, const few_arguments &args) {
   p.chunk++;
   if (p.chunk < args.by.chunks && p.chunk < (p.part + 1) * args.by.part_chunks) return true;
-  next_part(p, args, multiplying_warps);
+  next_part(p, args, args.warps);
   return false;
 }
 
-// The weights of a chunk that a lane holds.
+// A warp's own ring of chunks in shared memory. A lane copies just the codes that it will read.
 template <weight_kind kind>
-struct chunk {
-  uint4 codes[chunk_vectors];
-  __half2 scales[chunk_blocks<kind>];
-};
-
-template <weight_kind kind>
-struct chunk_source {
-  const uint8_t *codes;
-  const __half2 *scales;
+struct chunk_ring {
+  uint32_t slots, slot;
   uint64_t policy;
+  position next;  // to be fetched
 
-  __device__ void seek(const packed_matrix &w, const position &p) {
-    int lane = threadIdx.x % 32;
-    uint32_t block = p.tile * uint32_t(w.col_blocks) + p.chunk * chunk_blocks<kind>;
-    codes = w.codes + uint64_t(block) * tile_bytes(kind) + lane * 16;
-    if constexpr (decoder<kind>::scaled) scales = w.scales + uint64_t(block) * 8 + lane / 4;
-  }
-  __device__ void fetch_block(chunk<kind> &c, int i) const {
-    constexpr int vectors = decoder<kind>::vectors;
+  // Every call counts as one more chunk on its way, even past the end.
+  __device__ void fetch(const few_arguments &args) {
+    if (next.tile < args.w.row_tiles) {
+      int lane = threadIdx.x % 32;
+      uint32_t block = next.tile * uint32_t(args.w.col_blocks) + next.chunk * chunk_blocks<kind>;
+      const uint8_t *codes = args.w.codes + uint64_t(block) * tile_bytes(kind) + lane * 16;
 #pragma unroll
-    for (int j = i * vectors; j < (i + 1) * vectors; j++) c.codes[j] = load_once(codes + j * 512, policy);
-    if constexpr (decoder<kind>::scaled) c.scales[i] = __ldg(scales + i * 8);
+      for (int i = 0; i < chunk_bytes / 512; i++) copy_async(slot + i * 512 + lane * 16, codes + i * 512, policy);
+      constexpr int scale_vectors = decoder<kind>::scaled ? chunk_blocks<kind> * 2 : 0;
+      if (lane < scale_vectors)
+        copy_async(slot + chunk_bytes + lane * 16, args.w.scales + uint64_t(block) * 8 + lane * 4, policy);
+      advance(next, args);
+    }
+    commit_copies();
+    step();
   }
+  __device__ void step() { slot = slot + slot_bytes < slots + chunks_ahead * slot_bytes ? slot + slot_bytes : slots; }
 };
 
 // ---- products ----
@@ -165,11 +164,6 @@ __device__ void multiply_add(float c[4], const uint32_t a[4], uint32_t b0, uint3
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// What a lane holds of the tokens' operand for one block.
-struct token_registers {
-  uint4 half[2];
-};
-
 // Where there is no such token the registers keep what they had: the columns of a product do not mix.
 __device__ void load_if(bool there, uint4 &v, uint32_t address) {
   asm volatile("{.reg .pred p; setp.ne.b32 p, %5, 0; @p ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];}"
@@ -178,21 +172,22 @@ __device__ void load_if(bool there, uint4 &v, uint32_t address) {
 
 // Unscaled codes times tokens, a block's scale applied to its sum.
 template <weight_kind kind>
-__device__ void multiply_block(float sums[4], const uint4 *codes, __half2 scales, const token_registers &b,
+__device__ void multiply_block(float sums[4], const uint4 *codes, __half2 scales, const uint4 tokens[2],
                                const decoder<kind> &decode) {
-  float c[4] = {0, 0, 0, 0};
+  uint32_t a[4][4];
+#pragma unroll
+  for (int s = 0; s < 4; s++) decode.step(codes, s, a[s]);
+  float c[2][4] = {};  // two sums, so that one need not wait for the other
 #pragma unroll
   for (int s = 0; s < 4; s++) {
-    uint32_t a[4];
-    decode.step(codes, s, a);
-    const uint4 &tokens = b.half[s / 2];
-    multiply_add(c, a, s % 2 ? tokens.z : tokens.x, s % 2 ? tokens.w : tokens.y);
+    const uint4 &b = tokens[s / 2];
+    multiply_add(c[s % 2], a[s], s % 2 ? b.z : b.x, s % 2 ? b.w : b.y);
   }
   float2 scale = decoder<kind>::scaled ? __half22float2(scales) : make_float2(1, 1);
-  sums[0] += scale.x * c[0];
-  sums[1] += scale.x * c[1];
-  sums[2] += scale.y * c[2];
-  sums[3] += scale.y * c[3];
+  sums[0] += scale.x * (c[0][0] + c[1][0]);
+  sums[1] += scale.x * (c[0][1] + c[1][1]);
+  sums[2] += scale.y * (c[0][2] + c[1][2]);
+  sums[3] += scale.y * (c[0][3] + c[1][3]);
 }
 
 // ---- sums: [tiles_in_flight, parts, tokens, 16 rows] ----
@@ -239,61 +234,61 @@ __device__ void write_tiles(uint8_t *shared, tile_barriers &barriers, const few_
 }
 
 template <weight_kind kind>
-__device__ void multiply_parts(uint8_t *shared, tile_barriers &barriers, const few_arguments &args, position now,
-                               chunk<kind> &weights, chunk_source<kind> &source) {
+__device__ void multiply_parts(uint8_t *shared, tile_barriers &barriers, const few_arguments &args,
+                               chunk_ring<kind> &ring) {
   int lane = threadIdx.x % 32, token = lane / 4;
   bool there = token < args.tokens;
   decoder<kind> decode = {uint32_t(lane * 4)};
   uint32_t tokens = shared_address(shared + args.plan.tokens) + token_piece(args.tokens, 0, token, 0, lane % 4);
   uint32_t block_stride = args.tokens * 128;
-  token_registers b = {};
+  uint4 b[2] = {};
   float sums[4] = {0, 0, 0, 0};
-  while (now.tile < args.w.row_tiles) {
-    position next = now;
-    bool goes_on = advance(next, args), more = next.tile < args.w.row_tiles;
-    if (more) source.seek(args.w, next);
+  for (position now = first_position(args); now.tile < args.w.row_tiles;) {
+    wait_for_copies<chunks_ahead - 1>();
+    __syncwarp();
     uint32_t at = tokens + now.chunk * chunk_blocks<kind> * block_stride;
 #pragma unroll
     for (int i = 0; i < chunk_blocks<kind>; i++, at += block_stride) {
-      load_if(there, b.half[0], at);
-      load_if(there, b.half[1], at ^ 64);
-      multiply_block<kind>(sums, weights.codes + i * decoder<kind>::vectors, weights.scales[i], b, decode);
-      if (more) source.fetch_block(weights, i);
+      uint4 codes[decoder<kind>::vectors];
+#pragma unroll
+      for (int j = 0; j < decoder<kind>::vectors; j++)
+        codes[j] = load_vector(ring.slot + i * tile_bytes(kind) + j * 512 + lane * 16);
+      __half2 scales = decoder<kind>::scaled ? load_half2(ring.slot + chunk_bytes + i * 32 + lane / 4 * 4) : __half2();
+      load_if(there, b[0], at);
+      load_if(there, b[1], at ^ 64);
+      multiply_block<kind>(sums, codes, scales, b, decode);
     }
-    if (!goes_on) {
-      leave_sums(shared, barriers, args, now, sums);
-      for (int i = 0; i < 4; i++) sums[i] = 0;
-    }
-    now = next;
+    __syncwarp();
+    ring.fetch(args);
+    position before = now;
+    if (advance(now, args)) continue;
+    leave_sums(shared, barriers, args, before, sums);
+    for (int i = 0; i < 4; i++) sums[i] = 0;
   }
 }
 
 template <weight_kind kind>
-__global__ void __launch_bounds__(all_threads, blocks_beside) product_few(const __grid_constant__ few_arguments args) {
+__global__ void __launch_bounds__(warps_at_most * 32, 1) product_few(const __grid_constant__ few_arguments args) {
   extern __shared__ __align__(1024) uint8_t shared[];
   tile_barriers &barriers = *reinterpret_cast<tile_barriers *>(shared + args.plan.barriers);
-  bool multiplies = threadIdx.x / 32 < multiplying_warps;
+  int warp = threadIdx.x / 32;
 
   let_next_kernel_start();
-  position start = first_position(args);
-  chunk_source<kind> source = {nullptr, nullptr, evict_first_policy()};
-  chunk<kind> weights = {};
-  if (multiplies && start.tile < args.w.row_tiles) {
-    source.seek(args.w, start);
-#pragma unroll
-    for (int i = 0; i < chunk_blocks<kind>; i++) source.fetch_block(weights, i);
-  }
+  uint32_t slots = shared_address(shared + args.plan.weights) + warp * chunks_ahead * slot_bytes;
+  chunk_ring<kind> ring = {slots, slots, evict_first_policy(), first_position(args)};
+  if (warp < args.warps)
+    for (int i = 0; i < chunks_ahead; i++) ring.fetch(args);
   if (threadIdx.x < tiles_in_flight) {
     init_barrier(&barriers.full[threadIdx.x], args.by.parts);
     init_barrier(&barriers.empty[threadIdx.x], 1);
   }
-  if constexpr (kind == weight_kind::nf4) fill_pair_table(shared, args.codebook, all_threads);
+  if constexpr (kind == weight_kind::nf4) fill_pair_table(shared, args.codebook, blockDim.x);
   wait_for_kernel_before();
   stage_tokens(shared + args.plan.tokens, args);
   __syncthreads();
 
-  if (multiplies)
-    multiply_parts<kind>(shared, barriers, args, start, weights, source);
+  if (warp < args.warps)
+    multiply_parts<kind>(shared, barriers, args, ring);
   else
     write_tiles(shared, barriers, args);
 }
@@ -306,28 +301,39 @@ division divide(const packed_matrix &w) {
   return {chunks, part_chunks, int(ceil_div(chunks, part_chunks))};
 }
 
-shared_plan plan_shared(const packed_matrix &w, int tokens) {
-  int64_t barriers = w.kind == weight_kind::nf4 ? pair_table_bytes : 0;
-  int64_t sums = align_up(barriers + sizeof(tile_barriers), 128);
-  int64_t staged = sums + tiles_in_flight * divide(w).parts * tokens * tile_rows * int64_t(sizeof(float));
-  return {int(barriers), int(sums), int(staged), int(staged + w.col_blocks * tokens * 128)};
+shared_plan plan_shared(const packed_matrix &w, int tokens, int warps) {
+  shared_plan plan;
+  plan.barriers = w.kind == weight_kind::nf4 ? pair_table_bytes : 0;
+  plan.weights = int(align_up(plan.barriers + sizeof(tile_barriers), 128));
+  plan.sums = plan.weights + warps * chunks_ahead * slot_bytes;
+  plan.tokens = plan.sums + tiles_in_flight * divide(w).parts * tokens * tile_rows * int(sizeof(float));
+  plan.bytes = int(plan.tokens + w.col_blocks * tokens * 128);
+  return plan;
+}
+
+// As many warps as there is shared memory for; 0 when there is not enough for a few.
+int warps_for(const product_context &context, const packed_matrix &w, int tokens) {
+  int warps = warps_at_most - 1;
+  while (warps >= warps_at_least - 1 && plan_shared(w, tokens, warps).bytes > context.shared_bytes) warps--;
+  return warps >= warps_at_least - 1 ? warps : 0;
 }
 
 template <weight_kind kind>
 cudaError_t launch_kind(const product_call &call) {
-  shared_plan plan = plan_shared(call.w, call.tokens);
+  int warps = warps_for(*call.context, call.w, call.tokens);
+  shared_plan plan = plan_shared(call.w, call.tokens, warps);
   few_arguments args = {call.w,   call.x, call.x_stride, call.tokens, call.out, call.context->codebook,
-                        divide(call.w), plan};
+                        divide(call.w), plan, warps};
   int64_t blocks = call.context->multiprocessors;
   if (blocks > call.w.row_tiles) blocks = call.w.row_tiles;
-  return launch(call, product_few<kind>, dim3(unsigned(blocks)), dim3(all_threads), size_t(plan.bytes), args);
+  return launch(call, product_few<kind>, dim3(unsigned(blocks)), dim3((warps + 1) * 32), size_t(plan.bytes), args);
 }
 
 }  // namespace
 
 int few_tokens_at_once(const product_context &context, const packed_matrix &w) {
   int tokens = few_tokens;
-  while (tokens > 0 && plan_shared(w, tokens).bytes > context.shared_bytes) tokens--;
+  while (tokens > 0 && !warps_for(context, w, tokens)) tokens--;
   return tokens;
 }
 
