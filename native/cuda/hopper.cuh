@@ -21,12 +21,34 @@ __device__ inline void copy_to_shared(void *to, const void *from, uint32_t bytes
       : "memory");
 }
 
-// A box of a two-dimensional array, from (column, row) on; what lies outside of the array arrives as zeros.
-__device__ inline void copy_box_to_shared(void *to, const CUtensorMap &map, int column, int row, uint64_t *barrier) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-                   shared_address(to)),
-               "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier))
-               : "memory");
+// A box of a two-dimensional array, from (column, row) on, to the same place in every block of the cluster that `blocks`
+// has a bit for, and counted by the barrier there; what lies outside of the array arrives as zeros.
+__device__ inline void copy_box_to_cluster(void *to, const CUtensorMap &map, int column, int row, uint64_t *barrier,
+                                           uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], "
+      "[%4], %5;" ::"r"(shared_address(to)),
+      "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(blocks)
+      : "memory");
+}
+
+__device__ inline uint32_t rank_in_cluster() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+__device__ inline void wait_for_cluster() {
+  asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// At the same barrier of another block of the cluster, or of this one.
+__device__ inline void arrive_in_cluster(uint64_t *barrier, uint32_t rank) {
+  asm volatile(
+      "{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.release.cluster.shared::cluster.b64 _, "
+      "[there];}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
 }
 
 __device__ inline void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }

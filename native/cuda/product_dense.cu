@@ -25,7 +25,7 @@ struct cublas_library {
 namespace {
 
 constexpr int warps = 8;
-constexpr size_t slab_bytes = size_t(64) << 20, cublas_bytes = size_t(32) << 20;
+constexpr size_t slab_bytes = size_t(256) << 20, cublas_bytes = size_t(32) << 20;
 constexpr int row_bytes = 128 + 16;  // of a tile in shared memory; padded, so that rows start in different banks
 constexpr int unpack_shared_bytes = pair_table_bytes + warps * tile_rows * row_bytes;
 
@@ -74,19 +74,26 @@ __global__ void __launch_bounds__(warps * 32) unpack_tiles(const __grid_constant
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   decoder<kind> decode = {uint32_t(lane * 4)};
   __nv_bfloat162 unit = __float2bfloat162_rn(decoder<kind>::scaled ? *args.w.unit : 1.f);  // a power of two: exact
-  int64_t blocks = args.w.cols / block_cols;
-  for (int64_t i = int64_t(blockIdx.x) * warps + warp; i < args.tiles * blocks; i += int64_t(gridDim.x) * warps) {
-    int64_t tile = i / blocks, block = i % blocks, from = (args.first_tile + tile) * args.w.col_blocks + block;
-    uint4 codes[decoder<kind>::vectors];
-    for (int j = 0; j < decoder<kind>::vectors; j++)
+  constexpr int at_once = col_blocks_step, vectors = decoder<kind>::vectors;
+  int64_t groups = args.w.col_blocks / at_once;
+  for (int64_t i = int64_t(blockIdx.x) * warps + warp; i < args.tiles * groups; i += int64_t(gridDim.x) * warps) {
+    int64_t tile = i / groups, block = i % groups * at_once, from = (args.first_tile + tile) * args.w.col_blocks + block;
+    uint4 codes[at_once * vectors];  // all on their way before the first is used
+#pragma unroll
+    for (int j = 0; j < at_once * vectors; j++)
       codes[j] = *reinterpret_cast<const uint4 *>(args.w.codes + from * tile_bytes(kind) + j * 512 + lane * 16);
-    uint32_t a[4][4];
-    decode_tile<kind>(a, codes, decoder<kind>::scaled ? args.w.scales[from * 8 + lane / 4] : __half2(), decode);
-    if constexpr (decoder<kind>::scaled)
-      for (int j = 0; j < 16; j++) a[j / 4][j % 4] = scaled_pair(a[j / 4][j % 4], unit);
-    write_rows(shared + pair_table_bytes + warp * tile_rows * row_bytes, a,
-               args.out + tile * tile_rows * args.w.cols + block * block_cols,
-               args.w.rows - (args.first_tile + tile) * tile_rows, args.w.cols);
+#pragma unroll
+    for (int k = 0; k < at_once; k++) {
+      if ((block + k) * block_cols >= args.w.cols) break;
+      uint32_t a[4][4];
+      __half2 scales = decoder<kind>::scaled ? args.w.scales[(from + k) * 8 + lane / 4] : __half2();
+      decode_tile<kind>(a, codes + k * vectors, scales, decode);
+      if constexpr (decoder<kind>::scaled)
+        for (int j = 0; j < 16; j++) a[j / 4][j % 4] = scaled_pair(a[j / 4][j % 4], unit);
+      write_rows(shared + pair_table_bytes + warp * tile_rows * row_bytes, a,
+                 args.out + tile * tile_rows * args.w.cols + (block + k) * block_cols,
+                 args.w.rows - (args.first_tile + tile) * tile_rows, args.w.cols);
+    }
   }
 }
 

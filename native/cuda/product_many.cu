@@ -1,10 +1,12 @@
 // Products for 9 tokens and more on Hopper (sm_90a).
 //
 // The matrix is cut into tiles of rows by tokens, the tiles into chunks of columns, and the chunks are dealt out evenly
-// to the multiprocessors ("stream-K"): a block of threads works through a run of chunks that may begin and end inside tiles.
-// In a block one warp copies weights to shared memory and one copies tokens, both far ahead. Warpgroups decode weights into
+// to clusters of multiprocessors ("stream-K"): each works through a run of chunks that may begin and end inside tiles.
+// Two blocks form a cluster: they have neighbouring tiles of rows and do the same chunks, so that each fetches half of the
+// tokens for both; or else tokens would take more of the L2's bandwidth than weights do. In a block one warp copies weights to
+// shared memory and one copies tokens, both far ahead. Warpgroups decode weights into
 // registers, scaled, and multiply while they decode the next ones. Where tokens are few and decoding is the work, two
-// teams of warpgroups take turns at the blocks of columns and add their sums at the end. Tiles that several blocks of threads
+// teams of warpgroups take turns at the blocks of columns and add their sums at the end. Tiles that several clusters
 // share are summed by whichever finishes last, in the order of the columns, so that results do not depend on timing.
 #include "hopper.cuh"
 #include "launch.cuh"
@@ -14,6 +16,7 @@ namespace {
 
 constexpr int team_threads = 256;  // two warpgroups
 constexpr int copying_threads = 128;
+constexpr int cluster_blocks = 2;
 constexpr int chunk_bytes = 2048;  // codes of a tile of 16 rows
 constexpr int scale_bytes = 128;   // scales of 16 rows and four blocks of columns
 constexpr int stages_at_most = 16;
@@ -49,7 +52,7 @@ struct many_arguments {
   nf4_values codebook;
   int chunks, token_tiles;
   int64_t all_chunks;  // of all tiles
-  uint32_t *arrived;   // [blocks], zero: parts of the split tile that starts in a block
+  uint32_t *arrived;   // [blocks], zero: parts of the split tile that starts in a cluster
   float *parts;        // [2 * blocks, registers, team_threads]
 };
 
@@ -63,14 +66,21 @@ struct stage_barriers {
 
 // ---- the division of work ----
 
-// The chunks that a block has of one tile.
+// The chunks that a cluster has of one tile: of neighbouring rows in its blocks.
 struct segment {
   int64_t tile;
   int first, n;
 };
 
-__device__ int64_t first_chunk_of(const many_arguments &args, int64_t block) {
-  return args.all_chunks * block / gridDim.x;
+__device__ int64_t clusters() { return gridDim.x / cluster_blocks; }
+__device__ int64_t this_cluster() { return blockIdx.x / cluster_blocks; }
+
+__device__ int64_t first_chunk_of(const many_arguments &args, int64_t cluster) {
+  return args.all_chunks * cluster / clusters();
+}
+
+__device__ int64_t row_tile_of(const many_arguments &args, int64_t tile, int row_tiles) {  // the first of this block
+  return (tile / args.token_tiles * cluster_blocks + rank_in_cluster()) * row_tiles;
 }
 
 __device__ segment segment_at(const many_arguments &args, int64_t chunk, int64_t end) {
@@ -82,8 +92,8 @@ __device__ segment segment_at(const many_arguments &args, int64_t chunk, int64_t
 
 template <typename work>
 __device__ void for_each_segment(const many_arguments &args, work do_segment) {
-  int64_t end = first_chunk_of(args, blockIdx.x + 1);
-  for (int64_t chunk = first_chunk_of(args, blockIdx.x); chunk < end;) {
+  int64_t end = first_chunk_of(args, this_cluster() + 1);
+  for (int64_t chunk = first_chunk_of(args, this_cluster()); chunk < end;) {
     segment s = segment_at(args, chunk, end);
     do_segment(s);
     chunk += s.n;
@@ -111,8 +121,8 @@ __device__ void fetch_weights(const many_arguments &args, stage_barriers &barrie
   uint64_t policy = evict_first_policy();
   constexpr uint32_t bytes = chunk_bytes + (decoder<kind>::scaled ? scale_bytes : 0);
   for_each_segment(args, [&](const segment &seg) {
-    int64_t tile = seg.tile / args.token_tiles * s::row_tiles;
-    int there = args.w.row_tiles - tile < s::row_tiles ? int(args.w.row_tiles - tile) : s::row_tiles;
+    int64_t tile = row_tile_of(args, seg.tile, s::row_tiles);
+    int there = int(min(max(args.w.row_tiles - tile, int64_t(0)), int64_t(s::row_tiles)));
     for (int chunk = seg.first; chunk < seg.first + seg.n; chunk++, at.next()) {
       uint8_t *stage = stages + at.stage * s::weight_stage_bytes;
       wait_barrier(&barriers.weights_empty[at.stage], at.parity ^ 1);
@@ -134,14 +144,16 @@ __device__ void fetch_tokens(const many_arguments &args, const CUtensorMap &x, s
                              uint8_t *stages) {
   wait_for_kernel_before();
   if (threadIdx.x % 32) return;
+  constexpr int share = s::n / cluster_blocks;  // tokens that this block fetches for the cluster
+  int rank = rank_in_cluster();
   ring<s::token_stages> at;
   for_each_segment(args, [&](const segment &seg) {
     int token = int(seg.tile % args.token_tiles) * s::n, end = (seg.first + seg.n) * chunk_blocks<kind>;
     for (int block = seg.first * chunk_blocks<kind>; block < end; block++, at.next()) {
       wait_barrier(&barriers.tokens_empty[at.stage], at.parity ^ 1);
       expect_bytes(&barriers.tokens_full[at.stage], s::token_stage_bytes);
-      copy_box_to_shared(stages + at.stage * s::token_stage_bytes, x, block * block_cols, token,
-                         &barriers.tokens_full[at.stage]);
+      copy_box_to_cluster(stages + at.stage * s::token_stage_bytes + rank * share * 128, x, block * block_cols,
+                          token + rank * share, &barriers.tokens_full[at.stage], (1 << cluster_blocks) - 1);
     }
   });
 }
@@ -204,7 +216,8 @@ struct multiplier {
   }
 
   __device__ void release_tokens() {
-    if (released >= 0 && threadIdx.x % 128 == 0) arrive_barrier(&barriers.tokens_empty[released]);
+    if (released >= 0 && threadIdx.x % 128 < cluster_blocks)
+      arrive_in_cluster(&barriers.tokens_empty[released], threadIdx.x % 128);
     released = -1;
   }
 
@@ -273,7 +286,7 @@ struct multiplier {
   // Register i of a half belongs to row 16 tile + g + 8 (i / 2 % 2) and token 8 (i / 4) + 2 t + i % 2 of lane 4g + t.
   template <typename store>
   __device__ void for_each_sum(int64_t tile, store store_sum) {
-    int64_t first_row = tile / args.token_tiles * s::rows + threadIdx.x % 32 / 4;
+    int64_t first_row = row_tile_of(args, tile, s::row_tiles) * tile_rows + threadIdx.x % 32 / 4;
     int first_token = int(tile % args.token_tiles) * n + threadIdx.x % 4 * 2;
 #pragma unroll
     for (int h = 0; h < halves; h++) {
@@ -302,7 +315,8 @@ struct multiplier {
   }
 
   __device__ float *part(int64_t slot) const {
-    return args.parts + slot * s::registers * team_threads + threadIdx.x % team_threads;
+    return args.parts + (slot * cluster_blocks + rank_in_cluster()) * s::registers * team_threads +
+           threadIdx.x % team_threads;
   }
 
   __device__ void leave_part(int64_t slot) {
@@ -311,18 +325,18 @@ struct multiplier {
   }
 
   // The sum of parts, in order, with as many loads in flight as registers allow.
-  __device__ void add_parts(int64_t first_block, int64_t last_block) {
+  __device__ void add_parts(int64_t first_cluster, int64_t last_cluster) {
     constexpr int batch = s::registers < 32 ? s::registers : 32, at_once = s::registers > 32 ? 2 : 32 / batch;
     clear();
 #pragma unroll
     for (int first = 0; first < s::registers; first += batch) {
-      for (int64_t block = first_block; block <= last_block; block += at_once) {
+      for (int64_t cluster = first_cluster; cluster <= last_cluster; cluster += at_once) {
         float v[at_once][batch];
 #pragma unroll
         for (int j = 0; j < at_once; j++) {
-          const float *from = part(2 * (block + j) + (block + j > first_block)) + first * team_threads;
+          const float *from = part(2 * (cluster + j) + (cluster + j > first_cluster)) + first * team_threads;
 #pragma unroll
-          for (int i = 0; i < batch; i++) v[j][i] = block + j <= last_block ? __ldcg(from + i * team_threads) : 0.f;
+          for (int i = 0; i < batch; i++) v[j][i] = cluster + j <= last_cluster ? __ldcg(from + i * team_threads) : 0.f;
         }
 #pragma unroll
         for (int j = 0; j < at_once; j++)
@@ -331,26 +345,27 @@ struct multiplier {
     }
   }
 
-  // A block leaves at most two parts: of the tile that it ends in, at 2 block, and of one that started before, at 2 block + 1.
-  // True in the block that is the last of those with a part in the tile; it then has the whole sums.
+  // A cluster leaves at most two parts: of the tile that it ends in, at 2 cluster, and of one that started before, at
+  // 2 cluster + 1. True in the cluster that is the last of those with a part in the tile; it then has the whole sums.
   __device__ bool share(const segment &seg) {
     int64_t begin = seg.tile * args.chunks;
-    int64_t first_block = block_of(begin), last_block = block_of(begin + args.chunks - 1);
-    leave_part(2 * int64_t(blockIdx.x) + (blockIdx.x != first_block));
+    int64_t first_cluster = cluster_of(begin), last_cluster = cluster_of(begin + args.chunks - 1);
+    leave_part(2 * this_cluster() + (this_cluster() != first_cluster));
+    uint32_t *arrived = args.arrived + first_cluster * cluster_blocks + rank_in_cluster();
     wait_with<team_threads>(team_barrier);
-    if (threadIdx.x % team_threads == 0) barriers.parts_before = count_up(args.arrived + first_block);
+    if (threadIdx.x % team_threads == 0) barriers.parts_before = count_up(arrived);
     wait_with<team_threads>(team_barrier);
-    if (barriers.parts_before != last_block - first_block) return false;
-    if (threadIdx.x % team_threads == 0) args.arrived[first_block] = 0;
-    add_parts(first_block, last_block);
+    if (barriers.parts_before != last_cluster - first_cluster) return false;
+    if (threadIdx.x % team_threads == 0) *arrived = 0;
+    add_parts(first_cluster, last_cluster);
     return true;
   }
 
-  __device__ int64_t block_of(int64_t chunk) const {
-    int64_t block = chunk * gridDim.x / args.all_chunks;
-    while (first_chunk_of(args, block + 1) <= chunk) block++;
-    while (first_chunk_of(args, block) > chunk) block--;
-    return block;
+  __device__ int64_t cluster_of(int64_t chunk) const {
+    int64_t cluster = chunk * clusters() / args.all_chunks;
+    while (first_chunk_of(args, cluster + 1) <= chunk) cluster++;
+    while (first_chunk_of(args, cluster) > chunk) cluster--;
+    return cluster;
   }
 
   __device__ void run() {
@@ -372,12 +387,12 @@ __device__ void multiply_many(const many_arguments &args, const CUtensorMap &x, 
   let_next_kernel_start();
   if (threadIdx.x < stages_at_most) {
     init_barrier(&barriers.tokens_full[threadIdx.x], 1);
-    init_barrier(&barriers.tokens_empty[threadIdx.x], 2);  // the warpgroups of a team
+    init_barrier(&barriers.tokens_empty[threadIdx.x], 2 * cluster_blocks);  // the warpgroups of a team
     init_barrier(&barriers.weights_full[threadIdx.x], 1);
     init_barrier(&barriers.weights_empty[threadIdx.x], s::multiplying_threads / 32);
     publish_barriers();
   }
-  __syncthreads();
+  wait_for_cluster();
   if (threadIdx.x >= s::multiplying_threads) {
     limit_registers<s::copying_registers>();
     int warp = (threadIdx.x - s::multiplying_threads) / 32;
@@ -390,11 +405,12 @@ __device__ void multiply_many(const many_arguments &args, const CUtensorMap &x, 
     multiplier<kind, s> m = {args, shared, barriers, int(threadIdx.x) / team_threads, {threadIdx.x % 32 * 4}};
     m.run();
   }
+  wait_for_cluster();  // the other block still arrives at this one's barriers
 }
 #endif
 
 template <weight_kind kind, typename s>
-__global__ void __launch_bounds__(s::threads, 1)
+__global__ void __cluster_dims__(cluster_blocks) __launch_bounds__(s::threads, 1)
     product_many(const __grid_constant__ many_arguments args, const __grid_constant__ CUtensorMap x) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) uint8_t shared[];
@@ -404,7 +420,7 @@ __global__ void __launch_bounds__(s::threads, 1)
 
 // ---- launching ----
 
-// Columns in boxes of 64, tokens in boxes of n.
+// Columns in boxes of 64, tokens in boxes of n: what one block fetches.
 cudaError_t describe_tokens(const product_call &call, int n, CUtensorMap *map) {
   cuuint64_t sizes[2] = {cuuint64_t(call.w.cols), cuuint64_t(call.tokens)};
   cuuint64_t strides[1] = {cuuint64_t(call.x_stride) * sizeof(__nv_bfloat16)};
@@ -419,20 +435,21 @@ cudaError_t describe_tokens(const product_call &call, int n, CUtensorMap *map) {
 template <weight_kind kind, typename s>
 cudaError_t launch_shape(const product_call &call) {
   CUtensorMap x;
-  cudaError_t status = describe_tokens(call, s::n, &x);
+  cudaError_t status = describe_tokens(call, s::n / cluster_blocks, &x);
   if (status != cudaSuccess) return status;
   many_arguments args = {call.w, call.tokens, call.out, call.context->codebook};
   args.chunks = int(call.w.col_blocks / chunk_blocks<kind>);
   args.token_tiles = int(ceil_div(call.tokens, s::n));
-  args.all_chunks = ceil_div(call.w.rows, s::rows) * args.token_tiles * args.chunks;
+  args.all_chunks = ceil_div(call.w.rows, s::rows * cluster_blocks) * args.token_tiles * args.chunks;
   args.arrived = static_cast<uint32_t *>(call.workspace);
   args.parts = reinterpret_cast<float *>(static_cast<uint8_t *>(call.workspace) + workspace_zero_bytes);
-  int64_t blocks = call.context->multiprocessors;
-  if (blocks > args.all_chunks) blocks = args.all_chunks;
+  int64_t clusters = call.context->multiprocessors / cluster_blocks;
+  if (clusters > args.all_chunks) clusters = args.all_chunks;
   status =
       cudaFuncSetAttribute(product_many<kind, s>, cudaFuncAttributeMaxDynamicSharedMemorySize, s::shared_bytes);
   if (status != cudaSuccess) return status;
-  return launch(call, product_many<kind, s>, dim3(unsigned(blocks)), dim3(s::threads), s::shared_bytes, args, x);
+  return launch(call, product_many<kind, s>, dim3(unsigned(clusters * cluster_blocks)), dim3(s::threads),
+                s::shared_bytes, args, x);
 }
 
 using largest_shape = shape<1, 2, 128>;

@@ -30,7 +30,7 @@ class Library:
         self.c.check_packed_bytes.restype = self.c.check_workspace_bytes.restype = ctypes.c_uint64
         self.context = P()
         self.call("check_create", I32(0), ctypes.byref(self.context))
-        self.workspace = torch.zeros(192 << 20, dtype=torch.uint8, device="cuda")
+        self.workspace = torch.zeros(384 << 20, dtype=torch.uint8, device="cuda")
 
     def call(self, name, *arguments):
         status = getattr(self.c, name)(*arguments)
