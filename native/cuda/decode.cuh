@@ -28,9 +28,10 @@ __device__ inline void fill_pair_table(uint8_t *table, const nf4_values &values,
   }
 }
 
-// `lane_offset` is 4 * lane. Volatile, so that no lookup moves above the barrier after filling.
-__device__ inline uint32_t look_up(uint32_t lane_offset, uint32_t word, int byte) {
-  uint32_t at = __byte_perm(word, lane_offset, 0x7604 | byte << 4), pair;
+// `lane_entry`: the lane's place in the first entry, less shared_start (in a cluster an address names the block, too).
+// Volatile, so that no lookup moves above the barrier after filling.
+__device__ inline uint32_t look_up(uint32_t lane_entry, uint32_t word, int byte) {
+  uint32_t at = __byte_perm(word, lane_entry, 0x7604 | byte << 4), pair;
   asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(pair) : "r"(at), "n"(shared_start));
   return pair;
 }
@@ -54,9 +55,9 @@ template <>
 struct decoder<weight_kind::nf4> {
   static constexpr int vectors = 1;
   static constexpr bool scaled = true;
-  uint32_t lane_offset;
+  uint32_t lane_entry;
   __device__ void step(const uint4 *codes, int s, uint32_t a[4]) const {
-    for (int r = 0; r < 4; r++) a[r] = look_up(lane_offset, word_of(codes[0], s), r);
+    for (int r = 0; r < 4; r++) a[r] = look_up(lane_entry, word_of(codes[0], s), r);
   }
 };
 
@@ -64,7 +65,7 @@ template <>
 struct decoder<weight_kind::int8> {
   static constexpr int vectors = 2;
   static constexpr bool scaled = true;
-  uint32_t lane_offset;
+  uint32_t lane_entry;
   __device__ void step(const uint4 *codes, int s, uint32_t a[4]) const {
     for (int r = 0; r < 4; r++) a[r] = int8_pair(word_of(codes[s / 2], s % 2 * 2 + r / 2), r % 2);
   }
@@ -74,7 +75,7 @@ template <>
 struct decoder<weight_kind::bf16> {
   static constexpr int vectors = 4;
   static constexpr bool scaled = false;
-  uint32_t lane_offset;
+  uint32_t lane_entry;
   __device__ void step(const uint4 *codes, int s, uint32_t a[4]) const {
     for (int r = 0; r < 4; r++) a[r] = word_of(codes[s], r);
   }

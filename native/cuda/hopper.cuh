@@ -45,8 +45,7 @@ __device__ inline void wait_for_cluster() {
 // At the same barrier of another block of the cluster, or of this one.
 __device__ inline void arrive_in_cluster(uint64_t *barrier, uint32_t rank) {
   asm volatile(
-      "{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.release.cluster.shared::cluster.b64 _, "
-      "[there];}" ::"r"(shared_address(barrier)),
+      "{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [there];}" ::"r"(shared_address(barrier)),
       "r"(rank)
       : "memory");
 }

@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(warps * 32) unpack_tiles(const __grid_constant
   __syncthreads();
   wait_for_kernel_before();
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  decoder<kind> decode = {uint32_t(lane * 4)};
+  decoder<kind> decode = {shared_address(shared) - shared_start + lane * 4};
   __nv_bfloat162 unit = __float2bfloat162_rn(decoder<kind>::scaled ? *args.w.unit : 1.f);  // a power of two: exact
   constexpr int at_once = col_blocks_step, vectors = decoder<kind>::vectors;
   int64_t groups = args.w.col_blocks / at_once;

@@ -1,34 +1,25 @@
 // Products for up to 8 tokens: bound by the bytes of the weights, so everything serves the stream of loads.
 //
-// A block of threads keeps all tokens in shared memory and walks over tiles of 16 rows. Its warps take turns at the
-// parts of the tiles' columns: each has the next chunks of its own weights on their way to its own piece of shared memory,
-// decodes a block of 64 columns at a time and multiplies it on tensor cores (16 rows by up to 8 tokens). The sums of the parts
-// meet in shared memory, where one more warp adds them in a fixed order. No warp waits for another, as long as it is not
-// several tiles ahead.
-#include "barrier.cuh"
+// A block of threads keeps all tokens in shared memory and takes a run of tiles of 16 rows. The tiles' blocks of 64 columns
+// lie one after another in memory and are dealt out to its warps evenly, a run to each: a warp copies its run through a
+// small ring of its own, decodes a block at a time and multiplies it on tensor cores (16 rows by up to 8 tokens). Warps do not wait
+// for each other until the end, when the sums of tiles that several warps share are added in the order of the columns.
 #include "launch.cuh"
 
 namespace adaptrt {
 namespace {
 
-constexpr int warps_at_most = 24, warps_at_least = 8;  // one of them adds sums
-constexpr int chunk_bytes = 2048, scale_bytes = 128;    // of a tile's codes, and room for their scales
+constexpr int warps_at_most = 24, warps_at_least = 8;
+constexpr int chunk_bytes = 2048, scale_bytes = 128;  // codes copied at a time, and room for their scales
 constexpr int slot_bytes = chunk_bytes + scale_bytes;
 constexpr int chunks_ahead = 2;
-constexpr int parts_at_most = 16;
-constexpr int tiles_in_flight = 2;
 
 template <weight_kind kind>
 constexpr int chunk_blocks = chunk_bytes / tile_bytes(kind);
 
-// A row's columns: `chunks` chunks in `parts` parts of `part_chunks`, the last one perhaps shorter.
-struct division {
-  int chunks, part_chunks, parts;
-};
-
 // Offsets into shared memory. The pair table, for nf4, comes first.
 struct shared_plan {
-  int barriers, weights, sums, tokens, bytes;
+  int weights, sums, tokens, bytes;
 };
 
 struct few_arguments {
@@ -38,14 +29,7 @@ struct few_arguments {
   int tokens;
   product_output out;
   nf4_values codebook;
-  division by;
   shared_plan plan;
-  int warps;  // that multiply
-};
-
-// Of the tile that is number n of a block of threads: its sums are at n % tiles_in_flight.
-struct tile_barriers {
-  uint64_t full[tiles_in_flight], empty[tiles_in_flight];
 };
 
 // ---- tokens in shared memory ----
@@ -97,62 +81,56 @@ __device__ void stage_tokens(uint8_t *tokens, const few_arguments &args) {
   }
 }
 
-// ---- the way through the matrix ----
+// ---- the division of work ----
 
-struct position {
-  int tile;
-  int turn;  // which of the tiles of this block of threads
-  int part, chunk;
+// The tiles of a block of threads, and the run of blocks of columns of each of its warps, counted from the first tile's
+// first.
+struct division {
+  int first_tile, tiles, blocks, warps;
+
+  __device__ explicit division(const few_arguments &args) {
+    first_tile = int(args.w.row_tiles * blockIdx.x / gridDim.x);
+    tiles = int(args.w.row_tiles * (blockIdx.x + 1) / gridDim.x) - first_tile;
+    blocks = tiles * int(args.w.col_blocks);
+    warps = blockDim.x / 32;
+  }
+  __device__ int first_of(int warp) const { return int(int64_t(blocks) * warp / warps); }
+  __device__ int warp_of(int block) const { return int((int64_t(block + 1) * warps - 1) / blocks); }
 };
 
-__device__ void next_part(position &p, const few_arguments &args, int turns) {
-  p.part += turns;
-  while (p.part >= args.by.parts) {
-    p.part -= args.by.parts;
-    p.turn++;
-    p.tile += gridDim.x;
-  }
-  p.chunk = p.part * args.by.part_chunks;
-}
+// ---- the stream of weights ----
 
-__device__ position first_position(const few_arguments &args) {
-  position p = {int(blockIdx.x), 0, 0, 0};
-  next_part(p, args, threadIdx.x / 32);
-  return p;
-}
-
-// True when the part goes on.
-__device__ bool advance(position &p, const few_arguments &args) {
-  p.chunk++;
-  if (p.chunk < args.by.chunks && p.chunk < (p.part + 1) * args.by.part_chunks) return true;
-  next_part(p, args, args.warps);
-  return false;
-}
-
-// A warp's own ring of chunks in shared memory. A lane copies just the codes that it will read.
+// A warp's run on its way through a ring in shared memory. A lane copies just the codes that it will read.
 template <weight_kind kind>
-struct chunk_ring {
-  uint32_t slots, slot;
+struct weight_stream {
+  static constexpr int scale_vectors = decoder<kind>::scaled ? chunk_blocks<kind> * 2 : 0;
+  const uint8_t *codes;
+  const __half2 *scales;
+  int chunks;  // still to be fetched
+  uint32_t ring, slot;
   uint64_t policy;
-  position next;  // to be fetched
 
-  // Every call counts as one more chunk on its way, even past the end.
-  __device__ void fetch(const few_arguments &args) {
-    if (next.tile < args.w.row_tiles) {
-      int lane = threadIdx.x % 32;
-      uint32_t block = next.tile * uint32_t(args.w.col_blocks) + next.chunk * chunk_blocks<kind>;
-      const uint8_t *codes = args.w.codes + uint64_t(block) * tile_bytes(kind) + lane * 16;
+  __device__ weight_stream(const few_arguments &args, int64_t first_block, int blocks, uint32_t ring)
+      : chunks((blocks + chunk_blocks<kind> - 1) / chunk_blocks<kind>), ring(ring), slot(ring),
+        policy(evict_first_policy()) {
+    int lane = threadIdx.x % 32;
+    codes = args.w.codes + first_block * tile_bytes(kind) + lane * 16;
+    scales = args.w.scales + first_block * 8 + lane * 4;
+  }
+  // Every call counts as one more chunk on its way, even past the end. The last chunk may reach over the run's end.
+  __device__ void fetch() {
+    int lane = threadIdx.x % 32;
+    if (chunks-- > 0) {
 #pragma unroll
       for (int i = 0; i < chunk_bytes / 512; i++) copy_async(slot + i * 512 + lane * 16, codes + i * 512, policy);
-      constexpr int scale_vectors = decoder<kind>::scaled ? chunk_blocks<kind> * 2 : 0;
-      if (lane < scale_vectors)
-        copy_async(slot + chunk_bytes + lane * 16, args.w.scales + uint64_t(block) * 8 + lane * 4, policy);
-      advance(next, args);
+      if (lane < scale_vectors) copy_async(slot + chunk_bytes + lane * 16, scales, policy);
+      codes += chunk_bytes;
+      scales += chunk_blocks<kind> * 8;
     }
     commit_copies();
-    step();
+    slot = slot == ring ? ring + slot_bytes : ring;
+    static_assert(chunks_ahead == 2, "the ring has two slots");
   }
-  __device__ void step() { slot = slot + slot_bytes < slots + chunks_ahead * slot_bytes ? slot + slot_bytes : slots; }
 };
 
 // ---- products ----
@@ -172,161 +150,150 @@ __device__ void load_if(bool there, uint4 &v, uint32_t address) {
 
 // Unscaled codes times tokens, a block's scale applied to its sum.
 template <weight_kind kind>
-__device__ void multiply_block(float sums[4], const uint4 *codes, __half2 scales, const uint4 tokens[2],
-                               const decoder<kind> &decode) {
+__device__ void multiply_block(float sums[4], uint32_t slot, int i, const uint4 tokens[2], const decoder<kind> &decode) {
+  int lane = threadIdx.x % 32;
+  uint4 codes[decoder<kind>::vectors];
+#pragma unroll
+  for (int j = 0; j < decoder<kind>::vectors; j++) codes[j] = load_vector(slot + i * tile_bytes(kind) + j * 512 + lane * 16);
   uint32_t a[4][4];
 #pragma unroll
   for (int s = 0; s < 4; s++) decode.step(codes, s, a[s]);
-  float c[2][4] = {};  // two sums, so that one need not wait for the other
+  float c[4] = {0, 0, 0, 0};
 #pragma unroll
   for (int s = 0; s < 4; s++) {
     const uint4 &b = tokens[s / 2];
-    multiply_add(c[s % 2], a[s], s % 2 ? b.z : b.x, s % 2 ? b.w : b.y);
+    multiply_add(c, a[s], s % 2 ? b.z : b.x, s % 2 ? b.w : b.y);
   }
-  float2 scale = decoder<kind>::scaled ? __half22float2(scales) : make_float2(1, 1);
-  sums[0] += scale.x * (c[0][0] + c[1][0]);
-  sums[1] += scale.x * (c[0][1] + c[1][1]);
-  sums[2] += scale.y * (c[0][2] + c[1][2]);
-  sums[3] += scale.y * (c[0][3] + c[1][3]);
+  float2 scale = make_float2(1, 1);
+  if constexpr (decoder<kind>::scaled) scale = __half22float2(load_half2(slot + chunk_bytes + i * 32 + lane / 4 * 4));
+  sums[0] += scale.x * c[0];
+  sums[1] += scale.x * c[1];
+  sums[2] += scale.y * c[2];
+  sums[3] += scale.y * c[3];
 }
 
-// ---- sums: [tiles_in_flight, parts, tokens, 16 rows] ----
+// ---- sums: register i of lane 4g + t is of row g + 8 (i / 2) and token 2t + i % 2 ----
 
-__device__ float *sums_of(uint8_t *shared, const few_arguments &args, int turn, int part) {
-  float *sums = reinterpret_cast<float *>(shared + args.plan.sums);
-  return sums + (turn % tiles_in_flight * args.by.parts + part) * args.tokens * tile_rows;
+__device__ void write_whole_tile(const few_arguments &args, int tile, const float sums[4], float unit) {
+  int lane = threadIdx.x % 32;
+  for (int i = 0; i < 4; i++) {
+    int64_t row = int64_t(tile) * tile_rows + lane / 4 + i / 2 * 8;
+    int token = lane % 4 * 2 + i % 2;
+    if (row < args.w.rows && token < args.tokens) store_result(args.out, token, row, sums[i] * unit);
+  }
 }
 
-__device__ void leave_sums(uint8_t *shared, tile_barriers &barriers, const few_arguments &args, const position &p,
-                           const float sums[4]) {
-  int slot = p.turn % tiles_in_flight, round = p.turn / tiles_in_flight;
-  if (round > 0) wait_barrier(&barriers.empty[slot], (round - 1) % 2);
-  float *of_part = sums_of(shared, args, p.turn, p.part);
-  int g = threadIdx.x % 32 / 4, token = threadIdx.x % 4 * 2;
-  for (int i = 0; i < 4; i++)
-    if (token + i % 2 < args.tokens) of_part[(token + i % 2) * tile_rows + g + i / 2 * 8] = sums[i];
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) arrive_barrier(&barriers.full[slot]);
+// Of tiles that are not a warp's alone it has at most two parts: the end of one that another warp began, and the beginning
+// or the middle of one that another warp ends.
+enum tile_part : int { tile_end, tile_beginning };
+
+__device__ float *part_of(uint8_t *shared, const few_arguments &args, int warp, tile_part part) {  // [tokens, 16]
+  return reinterpret_cast<float *>(shared + args.plan.sums) + (warp * 2 + part) * args.tokens * tile_rows;
 }
 
-__device__ void write_tile(const float *sums, const few_arguments &args, int64_t tile, float unit) {
-  int n = args.tokens * tile_rows;
-  for (int i = threadIdx.x % 32; i < n; i += 32) {
-    int64_t row = tile * tile_rows + i % tile_rows;
-    if (row >= args.w.rows) continue;
+__device__ void leave_part(float *to, const few_arguments &args, const float sums[4]) {
+  int lane = threadIdx.x % 32;
+  for (int i = 0; i < 4; i++) {
+    int token = lane % 4 * 2 + i % 2;
+    if (token < args.tokens) to[token * tile_rows + lane / 4 + i / 2 * 8] = sums[i];
+  }
+}
+
+__device__ void write_shared_tiles(uint8_t *shared, const few_arguments &args, const division &by, float unit) {
+  int n = args.tokens * tile_rows, cols = int(args.w.col_blocks);
+  for (int i = threadIdx.x; i < by.tiles * n; i += blockDim.x) {
+    int tile = i / n, item = i % n, first = by.warp_of(tile * cols), last = by.warp_of((tile + 1) * cols - 1);
+    int64_t row = int64_t(by.first_tile + tile) * tile_rows + item % tile_rows;
+    if (first == last || row >= args.w.rows) continue;
     float sum = 0;
-#pragma unroll 4
-    for (int part = 0; part < args.by.parts; part++) sum += sums[part * n + i];
-    store_result(args.out, i / tile_rows, row, sum * unit);
-  }
-}
-
-__device__ void write_tiles(uint8_t *shared, tile_barriers &barriers, const few_arguments &args) {
-  float unit = args.w.scales ? *args.w.unit : 1.f;
-  int turn = 0;
-  for (int64_t tile = blockIdx.x; tile < args.w.row_tiles; tile += gridDim.x, turn++) {
-    int slot = turn % tiles_in_flight;
-    wait_barrier(&barriers.full[slot], turn / tiles_in_flight % 2);
-    write_tile(sums_of(shared, args, turn, 0), args, tile, unit);
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) arrive_barrier(&barriers.empty[slot]);
+    for (int warp = first; warp < last; warp++) sum += part_of(shared, args, warp, tile_beginning)[item];
+    sum += part_of(shared, args, last, tile_end)[item];
+    store_result(args.out, item / tile_rows, row, sum * unit);
   }
 }
 
 template <weight_kind kind>
-__device__ void multiply_parts(uint8_t *shared, tile_barriers &barriers, const few_arguments &args,
-                               chunk_ring<kind> &ring) {
-  int lane = threadIdx.x % 32, token = lane / 4;
-  bool there = token < args.tokens;
-  decoder<kind> decode = {uint32_t(lane * 4)};
-  uint32_t tokens = shared_address(shared + args.plan.tokens) + token_piece(args.tokens, 0, token, 0, lane % 4);
-  uint32_t block_stride = args.tokens * 128;
+__device__ void multiply_run(uint8_t *shared, const few_arguments &args, const division &by, weight_stream<kind> &stream,
+                             float unit) {
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, token = lane / 4;
+  int block = by.first_of(warp), end = by.first_of(warp + 1), cols = int(args.w.col_blocks);
+  int tile = block / cols, col = block % cols;
+  bool there = token < args.tokens, whole = col == 0;
+  uint32_t first_tokens = shared_address(shared + args.plan.tokens) + token_piece(args.tokens, 0, token, 0, lane % 4);
+  uint32_t block_stride = args.tokens * 128, tokens = first_tokens + col * block_stride;
+  decoder<kind> decode = {shared_address(shared) - shared_start + lane * 4};
   uint4 b[2] = {};
   float sums[4] = {0, 0, 0, 0};
-  for (position now = first_position(args); now.tile < args.w.row_tiles;) {
+  while (block < end) {
     wait_for_copies<chunks_ahead - 1>();
     __syncwarp();
-    uint32_t at = tokens + now.chunk * chunk_blocks<kind> * block_stride;
 #pragma unroll
-    for (int i = 0; i < chunk_blocks<kind>; i++, at += block_stride) {
-      uint4 codes[decoder<kind>::vectors];
-#pragma unroll
-      for (int j = 0; j < decoder<kind>::vectors; j++)
-        codes[j] = load_vector(ring.slot + i * tile_bytes(kind) + j * 512 + lane * 16);
-      __half2 scales = decoder<kind>::scaled ? load_half2(ring.slot + chunk_bytes + i * 32 + lane / 4 * 4) : __half2();
-      load_if(there, b[0], at);
-      load_if(there, b[1], at ^ 64);
-      multiply_block<kind>(sums, codes, scales, b, decode);
+    for (int i = 0; i < chunk_blocks<kind>; i++) {
+      if (block + i >= end) break;
+      load_if(there, b[0], tokens);
+      load_if(there, b[1], tokens ^ 64);
+      multiply_block<kind>(sums, stream.slot, i, b, decode);
+      tokens += block_stride;
+      if (++col < cols) continue;
+      if (whole)
+        write_whole_tile(args, by.first_tile + tile, sums, unit);
+      else
+        leave_part(part_of(shared, args, warp, tile_end), args, sums);
+      tile++, col = 0, whole = true, tokens = first_tokens;
+      sums[0] = sums[1] = sums[2] = sums[3] = 0;
     }
+    block += chunk_blocks<kind>;
     __syncwarp();
-    ring.fetch(args);
-    position before = now;
-    if (advance(now, args)) continue;
-    leave_sums(shared, barriers, args, before, sums);
-    for (int i = 0; i < 4; i++) sums[i] = 0;
+    stream.fetch();
   }
+  if (col > 0) leave_part(part_of(shared, args, warp, tile_beginning), args, sums);
 }
 
 template <weight_kind kind>
 __global__ void __launch_bounds__(warps_at_most * 32, 1) product_few(const __grid_constant__ few_arguments args) {
   extern __shared__ __align__(1024) uint8_t shared[];
-  tile_barriers &barriers = *reinterpret_cast<tile_barriers *>(shared + args.plan.barriers);
-  int warp = threadIdx.x / 32;
-
   let_next_kernel_start();
-  uint32_t slots = shared_address(shared + args.plan.weights) + warp * chunks_ahead * slot_bytes;
-  chunk_ring<kind> ring = {slots, slots, evict_first_policy(), first_position(args)};
-  if (warp < args.warps)
-    for (int i = 0; i < chunks_ahead; i++) ring.fetch(args);
-  if (threadIdx.x < tiles_in_flight) {
-    init_barrier(&barriers.full[threadIdx.x], args.by.parts);
-    init_barrier(&barriers.empty[threadIdx.x], 1);
-  }
+  division by(args);
+  int warp = threadIdx.x / 32, first = by.first_of(warp);
+  weight_stream<kind> stream(args, int64_t(by.first_tile) * args.w.col_blocks + first, by.first_of(warp + 1) - first,
+                             shared_address(shared + args.plan.weights) + warp * chunks_ahead * slot_bytes);
+  for (int i = 0; i < chunks_ahead; i++) stream.fetch();
   if constexpr (kind == weight_kind::nf4) fill_pair_table(shared, args.codebook, blockDim.x);
+  float unit = decoder<kind>::scaled ? *args.w.unit : 1.f;
   wait_for_kernel_before();
   stage_tokens(shared + args.plan.tokens, args);
   __syncthreads();
-
-  if (warp < args.warps)
-    multiply_parts<kind>(shared, barriers, args, ring);
-  else
-    write_tiles(shared, barriers, args);
+  multiply_run<kind>(shared, args, by, stream, unit);
+  __syncthreads();
+  write_shared_tiles(shared, args, by, unit);
 }
 
 // ---- launching ----
 
-division divide(const packed_matrix &w) {
-  int chunks = int(w.col_blocks * tile_bytes(w.kind) / chunk_bytes);
-  int part_chunks = int(ceil_div(chunks, parts_at_most));
-  return {chunks, part_chunks, int(ceil_div(chunks, part_chunks))};
-}
-
 shared_plan plan_shared(const packed_matrix &w, int tokens, int warps) {
   shared_plan plan;
-  plan.barriers = w.kind == weight_kind::nf4 ? pair_table_bytes : 0;
-  plan.weights = int(align_up(plan.barriers + sizeof(tile_barriers), 128));
+  plan.weights = w.kind == weight_kind::nf4 ? pair_table_bytes : 0;
   plan.sums = plan.weights + warps * chunks_ahead * slot_bytes;
-  plan.tokens = plan.sums + tiles_in_flight * divide(w).parts * tokens * tile_rows * int(sizeof(float));
+  plan.tokens = plan.sums + warps * 2 * tokens * tile_rows * int(sizeof(float));
   plan.bytes = int(plan.tokens + w.col_blocks * tokens * 128);
   return plan;
 }
 
 // As many warps as there is shared memory for; 0 when there is not enough for a few.
 int warps_for(const product_context &context, const packed_matrix &w, int tokens) {
-  int warps = warps_at_most - 1;
-  while (warps >= warps_at_least - 1 && plan_shared(w, tokens, warps).bytes > context.shared_bytes) warps--;
-  return warps >= warps_at_least - 1 ? warps : 0;
+  int warps = warps_at_most;
+  while (warps >= warps_at_least && plan_shared(w, tokens, warps).bytes > context.shared_bytes) warps--;
+  return warps >= warps_at_least ? warps : 0;
 }
 
 template <weight_kind kind>
 cudaError_t launch_kind(const product_call &call) {
   int warps = warps_for(*call.context, call.w, call.tokens);
   shared_plan plan = plan_shared(call.w, call.tokens, warps);
-  few_arguments args = {call.w,   call.x, call.x_stride, call.tokens, call.out, call.context->codebook,
-                        divide(call.w), plan, warps};
+  few_arguments args = {call.w, call.x, call.x_stride, call.tokens, call.out, call.context->codebook, plan};
   int64_t blocks = call.context->multiprocessors;
   if (blocks > call.w.row_tiles) blocks = call.w.row_tiles;
-  return launch(call, product_few<kind>, dim3(unsigned(blocks)), dim3((warps + 1) * 32), size_t(plan.bytes), args);
+  return launch(call, product_few<kind>, dim3(unsigned(blocks)), dim3(warps * 32), size_t(plan.bytes), args);
 }
 
 }  // namespace

@@ -402,7 +402,8 @@ __device__ void multiply_many(const many_arguments &args, const CUtensorMap &x, 
     take_registers<s::multiplying_registers>();
     if constexpr (kind == weight_kind::nf4) fill_pair_table(shared, args.codebook, s::multiplying_threads);
     wait_with<s::multiplying_threads>(multipliers_barrier);
-    multiplier<kind, s> m = {args, shared, barriers, int(threadIdx.x) / team_threads, {threadIdx.x % 32 * 4}};
+    multiplier<kind, s> m = {args, shared, barriers, int(threadIdx.x) / team_threads,
+                           {shared_address(shared) - shared_start + threadIdx.x % 32 * 4}};
     m.run();
   }
   wait_for_cluster();  // the other block still arrives at this one's barriers
