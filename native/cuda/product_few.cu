@@ -9,17 +9,21 @@
 namespace adaptrt {
 namespace {
 
-constexpr int warps_at_most = 24, warps_at_least = 8;
-constexpr int chunk_bytes = 2048, scale_bytes = 128;  // codes copied at a time, and room for their scales
-constexpr int slot_bytes = chunk_bytes + scale_bytes;
+constexpr int warps_at_most = 16;
+// Half of a multiprocessor for each block of threads: the next product's can start beside it and fetch its first weights.
+constexpr int blocks_beside = 2;
 constexpr int chunks_ahead = 2;
 
+// Weights are copied a chunk at a time: two tiles of nf4, one of int8 or bf16.
 template <weight_kind kind>
-constexpr int chunk_blocks = chunk_bytes / tile_bytes(kind);
+constexpr int chunk_bytes = tile_bytes(kind) > 1024 ? tile_bytes(kind) : 1024;
+template <weight_kind kind>
+constexpr int chunk_blocks = chunk_bytes<kind> / tile_bytes(kind);
 
-// Offsets into shared memory. The pair table, for nf4, comes first.
+// Offsets into shared memory. The pair table, for nf4, comes first, and the codes on their way are in the upper halves of its
+// entries, which are free: pieces of 128 bytes, 256 apart.
 struct shared_plan {
-  int weights, sums, tokens, bytes;
+  int scales, sums, tokens, bytes;
 };
 
 struct few_arguments {
@@ -89,13 +93,14 @@ struct division {
   int first_tile, tiles, blocks, warps;
 
   __device__ explicit division(const few_arguments &args) {
-    first_tile = int(args.w.row_tiles * blockIdx.x / gridDim.x);
-    tiles = int(args.w.row_tiles * (blockIdx.x + 1) / gridDim.x) - first_tile;
+    int few = int(args.w.row_tiles) / gridDim.x, more = int(args.w.row_tiles) % gridDim.x;  // `more` blocks have one more
+    first_tile = few * blockIdx.x + min(int(blockIdx.x), more);
+    tiles = few + (int(blockIdx.x) < more);
     blocks = tiles * int(args.w.col_blocks);
     warps = blockDim.x / 32;
   }
-  __device__ int first_of(int warp) const { return int(int64_t(blocks) * warp / warps); }
-  __device__ int warp_of(int block) const { return int((int64_t(block + 1) * warps - 1) / blocks); }
+  __device__ int first_of(int warp) const { return blocks * warp / warps; }
+  __device__ int warp_of(int block) const { return ((block + 1) * warps - 1) / blocks; }
 };
 
 // ---- the stream of weights ----
@@ -103,33 +108,41 @@ struct division {
 // A warp's run on its way through a ring in shared memory. A lane copies just the codes that it will read.
 template <weight_kind kind>
 struct weight_stream {
-  static constexpr int scale_vectors = decoder<kind>::scaled ? chunk_blocks<kind> * 2 : 0;
+  static constexpr int vectors = chunk_bytes<kind> / 512;  // of 16 bytes, of a lane
+  static constexpr int piece_stride = 1024;                // from a lane's vector to its next
+  static constexpr int scale_bytes = decoder<kind>::scaled ? chunk_blocks<kind> * 32 : 0;
+
   const uint8_t *codes;
   const __half2 *scales;
-  int chunks;  // still to be fetched
-  uint32_t ring, slot;
-  uint64_t policy;
+  int chunks;              // still to be fetched
+  uint32_t slot;           // of the ring, the oldest
+  uint32_t at, scales_at;  // the ring in shared memory: this lane's codes, and scales
 
-  __device__ weight_stream(const few_arguments &args, int64_t first_block, int blocks, uint32_t ring)
-      : chunks((blocks + chunk_blocks<kind> - 1) / chunk_blocks<kind>), ring(ring), slot(ring),
-        policy(evict_first_policy()) {
-    int lane = threadIdx.x % 32;
+  __device__ weight_stream(const few_arguments &args, int64_t first_block, int blocks, uint32_t shared)
+      : chunks((blocks + chunk_blocks<kind> - 1) / chunk_blocks<kind>), slot(0) {
+    int lane = threadIdx.x % 32, first_slot = threadIdx.x / 32 * chunks_ahead;
     codes = args.w.codes + first_block * tile_bytes(kind) + lane * 16;
     scales = args.w.scales + first_block * 8 + lane * 4;
+    at = shared + first_slot * vectors * piece_stride + lane / 8 * 256 + 128 + lane % 8 * 16;
+    scales_at = shared + args.plan.scales + first_slot * scale_bytes;
   }
   // Every call counts as one more chunk on its way, even past the end. The last chunk may reach over the run's end.
-  __device__ void fetch() {
+  __device__ void fetch(uint64_t policy) {
     int lane = threadIdx.x % 32;
     if (chunks-- > 0) {
 #pragma unroll
-      for (int i = 0; i < chunk_bytes / 512; i++) copy_async(slot + i * 512 + lane * 16, codes + i * 512, policy);
-      if (lane < scale_vectors) copy_async(slot + chunk_bytes + lane * 16, scales, policy);
-      codes += chunk_bytes;
+      for (int i = 0; i < vectors; i++) copy_async(at + (slot * vectors + i) * piece_stride, codes + i * 512, policy);
+      if (lane * 16 < scale_bytes) copy_async(scales_at + slot * scale_bytes + lane * 16, scales, policy);
+      codes += chunk_bytes<kind>;
       scales += chunk_blocks<kind> * 8;
     }
     commit_copies();
-    slot = slot == ring ? ring + slot_bytes : ring;
-    static_assert(chunks_ahead == 2, "the ring has two slots");
+    slot = slot + 1 < chunks_ahead ? slot + 1 : 0;
+  }
+  __device__ uint4 load_codes(int i) const { return load_vector(at + (slot * vectors + i) * piece_stride); }
+  __device__ float2 load_scales(int block) const {
+    if constexpr (!decoder<kind>::scaled) return make_float2(1, 1);
+    return __half22float2(load_half2(scales_at + slot * scale_bytes + block * 32 + threadIdx.x % 32 / 4 * 4));
   }
 };
 
@@ -150,11 +163,12 @@ __device__ void load_if(bool there, uint4 &v, uint32_t address) {
 
 // Unscaled codes times tokens, a block's scale applied to its sum.
 template <weight_kind kind>
-__device__ void multiply_block(float sums[4], uint32_t slot, int i, const uint4 tokens[2], const decoder<kind> &decode) {
-  int lane = threadIdx.x % 32;
+__device__ void multiply_block(float sums[4], const weight_stream<kind> &stream, int block, const uint4 tokens[2],
+                               const decoder<kind> &decode) {
   uint4 codes[decoder<kind>::vectors];
 #pragma unroll
-  for (int j = 0; j < decoder<kind>::vectors; j++) codes[j] = load_vector(slot + i * tile_bytes(kind) + j * 512 + lane * 16);
+  for (int j = 0; j < decoder<kind>::vectors; j++) codes[j] = stream.load_codes(block * decoder<kind>::vectors + j);
+  float2 scale = stream.load_scales(block);
   uint32_t a[4][4];
 #pragma unroll
   for (int s = 0; s < 4; s++) decode.step(codes, s, a[s]);
@@ -164,8 +178,6 @@ __device__ void multiply_block(float sums[4], uint32_t slot, int i, const uint4 
     const uint4 &b = tokens[s / 2];
     multiply_add(c, a[s], s % 2 ? b.z : b.x, s % 2 ? b.w : b.y);
   }
-  float2 scale = make_float2(1, 1);
-  if constexpr (decoder<kind>::scaled) scale = __half22float2(load_half2(slot + chunk_bytes + i * 32 + lane / 4 * 4));
   sums[0] += scale.x * c[0];
   sums[1] += scale.x * c[1];
   sums[2] += scale.y * c[2];
@@ -224,6 +236,7 @@ __device__ void multiply_run(uint8_t *shared, const few_arguments &args, const d
   decoder<kind> decode = {shared_address(shared) - shared_start + lane * 4};
   uint4 b[2] = {};
   float sums[4] = {0, 0, 0, 0};
+  uint64_t policy = evict_first_policy();
   while (block < end) {
     wait_for_copies<chunks_ahead - 1>();
     __syncwarp();
@@ -232,7 +245,7 @@ __device__ void multiply_run(uint8_t *shared, const few_arguments &args, const d
       if (block + i >= end) break;
       load_if(there, b[0], tokens);
       load_if(there, b[1], tokens ^ 64);
-      multiply_block<kind>(sums, stream.slot, i, b, decode);
+      multiply_block<kind>(sums, stream, i, b, decode);
       tokens += block_stride;
       if (++col < cols) continue;
       if (whole)
@@ -244,20 +257,21 @@ __device__ void multiply_run(uint8_t *shared, const few_arguments &args, const d
     }
     block += chunk_blocks<kind>;
     __syncwarp();
-    stream.fetch();
+    stream.fetch(policy);
   }
   if (col > 0) leave_part(part_of(shared, args, warp, tile_beginning), args, sums);
 }
 
 template <weight_kind kind>
-__global__ void __launch_bounds__(warps_at_most * 32, 1) product_few(const __grid_constant__ few_arguments args) {
+__global__ void __launch_bounds__(warps_at_most * 32, kind == weight_kind::bf16 ? 1 : blocks_beside)
+    product_few(const __grid_constant__ few_arguments args) {
   extern __shared__ __align__(1024) uint8_t shared[];
   let_next_kernel_start();
   division by(args);
   int warp = threadIdx.x / 32, first = by.first_of(warp);
   weight_stream<kind> stream(args, int64_t(by.first_tile) * args.w.col_blocks + first, by.first_of(warp + 1) - first,
-                             shared_address(shared + args.plan.weights) + warp * chunks_ahead * slot_bytes);
-  for (int i = 0; i < chunks_ahead; i++) stream.fetch();
+                             shared_address(shared));
+  for (int i = 0; i < chunks_ahead; i++) stream.fetch(evict_first_policy());
   if constexpr (kind == weight_kind::nf4) fill_pair_table(shared, args.codebook, blockDim.x);
   float unit = decoder<kind>::scaled ? *args.w.unit : 1.f;
   wait_for_kernel_before();
@@ -270,37 +284,40 @@ __global__ void __launch_bounds__(warps_at_most * 32, 1) product_few(const __gri
 
 // ---- launching ----
 
-shared_plan plan_shared(const packed_matrix &w, int tokens, int warps) {
+template <weight_kind kind>
+shared_plan plan_shared_for(const packed_matrix &w, int tokens) {
+  constexpr int chunks = warps_at_most * chunks_ahead;
   shared_plan plan;
-  plan.weights = w.kind == weight_kind::nf4 ? pair_table_bytes : 0;
-  plan.sums = plan.weights + warps * chunks_ahead * slot_bytes;
-  plan.tokens = plan.sums + warps * 2 * tokens * tile_rows * int(sizeof(float));
+  plan.scales = chunks * weight_stream<kind>::vectors * weight_stream<kind>::piece_stride;
+  static_assert(kind != weight_kind::nf4 || chunks * weight_stream<kind>::vectors * 1024 == pair_table_bytes, "halves");
+  plan.sums = plan.scales + chunks * weight_stream<kind>::scale_bytes;
+  plan.tokens = plan.sums + warps_at_most * 2 * tokens * tile_rows * int(sizeof(float));
   plan.bytes = int(plan.tokens + w.col_blocks * tokens * 128);
   return plan;
 }
 
-// As many warps as there is shared memory for; 0 when there is not enough for a few.
-int warps_for(const product_context &context, const packed_matrix &w, int tokens) {
-  int warps = warps_at_most;
-  while (warps >= warps_at_least && plan_shared(w, tokens, warps).bytes > context.shared_bytes) warps--;
-  return warps >= warps_at_least ? warps : 0;
+shared_plan plan_shared(const packed_matrix &w, int tokens) {
+  switch (w.kind) {
+    case weight_kind::nf4: return plan_shared_for<weight_kind::nf4>(w, tokens);
+    case weight_kind::int8: return plan_shared_for<weight_kind::int8>(w, tokens);
+    default: return plan_shared_for<weight_kind::bf16>(w, tokens);
+  }
 }
 
 template <weight_kind kind>
 cudaError_t launch_kind(const product_call &call) {
-  int warps = warps_for(*call.context, call.w, call.tokens);
-  shared_plan plan = plan_shared(call.w, call.tokens, warps);
+  shared_plan plan = plan_shared(call.w, call.tokens);
   few_arguments args = {call.w, call.x, call.x_stride, call.tokens, call.out, call.context->codebook, plan};
   int64_t blocks = call.context->multiprocessors;
   if (blocks > call.w.row_tiles) blocks = call.w.row_tiles;
-  return launch(call, product_few<kind>, dim3(unsigned(blocks)), dim3(warps * 32), size_t(plan.bytes), args);
+  return launch(call, product_few<kind>, dim3(unsigned(blocks)), dim3(warps_at_most * 32), size_t(plan.bytes), args);
 }
 
 }  // namespace
 
 int few_tokens_at_once(const product_context &context, const packed_matrix &w) {
   int tokens = few_tokens;
-  while (tokens > 0 && !warps_for(context, w, tokens)) tokens--;
+  while (tokens > 0 && plan_shared(w, tokens).bytes > context.shared_bytes) tokens--;
   return tokens;
 }
 
