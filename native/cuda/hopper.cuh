@@ -38,8 +38,9 @@ __device__ inline uint32_t rank_in_cluster() {
   return rank;
 }
 
+// For barriers, published before, and for the blocks' lives; it orders no other memory.
 __device__ inline void wait_for_cluster() {
-  asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed;\n\tbarrier.cluster.wait;" ::: "memory");
 }
 
 // At the same barrier of another block of the cluster, or of this one.

@@ -1,13 +1,15 @@
 // Products for 9 tokens and more on Hopper (sm_90a).
 //
 // The matrix is cut into tiles of rows by tokens, the tiles into chunks of columns, and the chunks are dealt out evenly
-// to clusters of multiprocessors ("stream-K"): each works through a run of chunks that may begin and end inside tiles.
-// Two blocks form a cluster: they have neighbouring tiles of rows and do the same chunks, so that each fetches half of the
-// tokens for both; or else tokens would take more of the L2's bandwidth than weights do. In a block one warp copies weights to
-// shared memory and one copies tokens, both far ahead. Warpgroups decode weights into
+// to clusters of two blocks of threads ("stream-K"): each works through a run of chunks that may begin and end inside tiles.
+// The blocks of a cluster have neighbouring tiles of rows and do the same chunks, so that each fetches half of the tokens for
+// both. In a block one warp fetches tokens, far ahead. Warpgroups copy their own weights to shared memory, decode them into
 // registers, scaled, and multiply while they decode the next ones. Where tokens are few and decoding is the work, two
-// teams of warpgroups take turns at the blocks of columns and add their sums at the end. Tiles that several clusters
-// share are summed by whichever finishes last, in the order of the columns, so that results do not depend on timing.
+// teams of warpgroups take turns at the blocks of columns and add their sums at the end.
+//
+// A tile that several clusters share is summed by the one that has its end, in a fixed order. Runs are worked through from
+// the end, tile by tile, so that the others, which do their part first, are done by then; and they have lower numbers, so
+// that they are never waiting for a place to run.
 #include "hopper.cuh"
 #include "launch.cuh"
 
@@ -18,7 +20,7 @@ constexpr int team_threads = 256;  // two warpgroups
 constexpr int copying_threads = 128;
 constexpr int cluster_blocks = 2;
 constexpr int chunk_bytes = 2048;  // codes of a tile of 16 rows
-constexpr int scale_bytes = 128;   // scales of 16 rows and four blocks of columns
+constexpr int scale_bytes = 128;   // their scales, of at most four blocks of columns
 constexpr int stages_at_most = 16;
 constexpr int barrier_bytes = 1024;
 
@@ -33,14 +35,16 @@ struct shape {
   static constexpr int multiplying_threads = teams * team_threads, threads = multiplying_threads + copying_threads;
   static constexpr int copying_registers = teams == 1 ? 56 : 64, multiplying_registers = teams == 1 ? 224 : 104;
 
-  static constexpr int token_stage_bytes = n * 128, weight_stage_bytes = row_tiles * (chunk_bytes + scale_bytes);
-  static constexpr int token_stages = n == 128 ? 5 : n == 64 ? 6 : stages_at_most;
-  static constexpr int weight_stages = halves == 1 ? 4 : 2;
+  static constexpr int token_stage_bytes = n * 128;
+  static constexpr int token_stages = n == 128 ? 4 : n == 64 ? 6 : stages_at_most;
+  // A warp's piece of a chunk: of each of its row tiles, its team's blocks of columns.
+  static constexpr int chunks_ahead = halves == 1 ? 3 : 2;
+  static constexpr int slot_bytes = halves * (chunk_bytes + scale_bytes) / teams;
   static constexpr int sums_bytes = teams == 1 ? 0 : registers * team_threads * int(sizeof(float));
 
   static constexpr int barriers_at = pair_table_bytes, tokens_at = barriers_at + barrier_bytes;
   static constexpr int weights_at = tokens_at + token_stages * token_stage_bytes;
-  static constexpr int sums_at = weights_at + weight_stages * weight_stage_bytes;
+  static constexpr int sums_at = weights_at + multiplying_threads / 32 * chunks_ahead * slot_bytes;
   static constexpr int shared_bytes = sums_at + sums_bytes;
   static_assert(token_stages % teams == 0, "a team keeps to its stages");
 };
@@ -52,16 +56,14 @@ struct many_arguments {
   nf4_values codebook;
   int chunks, token_tiles;
   int64_t all_chunks;  // of all tiles
-  uint32_t *arrived;   // [blocks], zero: parts of the split tile that starts in a cluster
-  float *parts;        // [2 * blocks, registers, team_threads]
+  uint32_t *ready;     // [blocks], zero: that a block's part of a tile which ends in another cluster is there
+  float *parts;        // [blocks, registers, team_threads]
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 struct stage_barriers {
   uint64_t tokens_full[stages_at_most], tokens_empty[stages_at_most];
-  uint64_t weights_full[stages_at_most], weights_empty[stages_at_most];
-  uint32_t parts_before;  // of a split tile
 };
 
 // ---- the division of work ----
@@ -83,20 +85,14 @@ __device__ int64_t row_tile_of(const many_arguments &args, int64_t tile, int row
   return (tile / args.token_tiles * cluster_blocks + rank_in_cluster()) * row_tiles;
 }
 
-__device__ segment segment_at(const many_arguments &args, int64_t chunk, int64_t end) {
-  segment s = {chunk / args.chunks, int(chunk % args.chunks), 0};
-  int64_t left = end - chunk;
-  s.n = left < args.chunks - s.first ? int(left) : args.chunks - s.first;
-  return s;
-}
-
+// From the end of the run to its beginning; the chunks of a tile in their order.
 template <typename work>
 __device__ void for_each_segment(const many_arguments &args, work do_segment) {
-  int64_t end = first_chunk_of(args, this_cluster() + 1);
-  for (int64_t chunk = first_chunk_of(args, this_cluster()); chunk < end;) {
-    segment s = segment_at(args, chunk, end);
-    do_segment(s);
-    chunk += s.n;
+  int64_t begin = first_chunk_of(args, this_cluster());
+  for (int64_t end = first_chunk_of(args, this_cluster() + 1); end > begin;) {
+    int64_t tile = (end - 1) / args.chunks, first = max(tile * args.chunks, begin);
+    do_segment(segment{tile, int(first - tile * args.chunks), int(end - first)});
+    end = first;
   }
 }
 
@@ -113,31 +109,6 @@ struct ring {
 };
 
 // ---- copying ----
-
-template <weight_kind kind, typename s>
-__device__ void fetch_weights(const many_arguments &args, stage_barriers &barriers, uint8_t *stages) {
-  ring<s::weight_stages> at;
-  int lane = threadIdx.x % 32;  // a lane copies for a tile of 16 rows
-  uint64_t policy = evict_first_policy();
-  constexpr uint32_t bytes = chunk_bytes + (decoder<kind>::scaled ? scale_bytes : 0);
-  for_each_segment(args, [&](const segment &seg) {
-    int64_t tile = row_tile_of(args, seg.tile, s::row_tiles);
-    int there = int(min(max(args.w.row_tiles - tile, int64_t(0)), int64_t(s::row_tiles)));
-    for (int chunk = seg.first; chunk < seg.first + seg.n; chunk++, at.next()) {
-      uint8_t *stage = stages + at.stage * s::weight_stage_bytes;
-      wait_barrier(&barriers.weights_empty[at.stage], at.parity ^ 1);
-      if (lane == 0) expect_bytes(&barriers.weights_full[at.stage], there * bytes);
-      __syncwarp();
-      if (lane >= there) continue;
-      int64_t block = (tile + lane) * args.w.col_blocks + chunk * chunk_blocks<kind>;
-      copy_to_shared(stage + lane * chunk_bytes, args.w.codes + block * tile_bytes(kind), chunk_bytes,
-                     &barriers.weights_full[at.stage], policy);
-      if constexpr (decoder<kind>::scaled)
-        copy_to_shared(stage + s::row_tiles * chunk_bytes + lane * scale_bytes, args.w.scales + block / 4 * 4 * 8,
-                       scale_bytes, &barriers.weights_full[at.stage], policy);
-    }
-  });
-}
 
 template <weight_kind kind, typename s>
 __device__ void fetch_tokens(const many_arguments &args, const CUtensorMap &x, stage_barriers &barriers,
@@ -158,14 +129,75 @@ __device__ void fetch_tokens(const many_arguments &args, const CUtensorMap &x, s
   });
 }
 
-// ---- multiplying ----
+// The weights of a warp on their way through its ring in shared memory, chunk after chunk of all its segments. A lane copies
+// just the codes that it will read.
+template <weight_kind kind, typename s>
+struct weight_stream {
+  static constexpr int vectors = decoder<kind>::vectors, team_blocks = chunk_blocks<kind> / s::teams;
+  static constexpr int codes_bytes = team_blocks * tile_bytes(kind);  // of a row tile
 
-template <weight_kind kind>
-__device__ void load_tile(uint4 (&codes)[decoder<kind>::vectors], const uint8_t *tile) {
+  const many_arguments &args;
+  int team, row_tile[s::halves];
+  uint32_t ring, slot;  // slot: the oldest
+  uint64_t policy;
+  int64_t begin, end;    // of what is left of the run after the segment at hand
+  int64_t first_row_tile;  // of this block of threads
+  int chunk, left;       // of the segment: the next to be fetched, and how many there are
+
+  __device__ weight_stream(const many_arguments &args, uint8_t *shared, int team)
+      : args(args), team(team), slot(0), policy(evict_first_policy()) {
+    ring = shared_address(shared + s::weights_at) + threadIdx.x / 32 * s::chunks_ahead * s::slot_bytes;
+    begin = first_chunk_of(args, this_cluster());
+    end = first_chunk_of(args, this_cluster() + 1);
+    begin_segment();
+  }
+  __device__ void begin_segment() {  // as in for_each_segment
+    int64_t tile = (end - 1) / args.chunks, first = max(tile * args.chunks, begin);
+    first_row_tile = row_tile_of(args, tile, s::row_tiles);
+    chunk = int(first - tile * args.chunks);
+    left = int(end - first);
+    end = first;
+  }
+
+  __device__ uint32_t at(int half) const { return ring + (slot * s::halves + half) * (s::slot_bytes / s::halves); }
+
+  // Every call counts as one more chunk on its way, even past the end.
+  __device__ void fetch() {
+    if (left > 0) {
 #pragma unroll
-  for (int i = 0; i < decoder<kind>::vectors; i++)
-    codes[i] = *reinterpret_cast<const uint4 *>(tile + i * 512 + threadIdx.x % 32 * 16);
-}
+      for (int h = 0; h < s::halves; h++) fetch_tile(first_row_tile + row_tile[h], at(h));
+      chunk++;
+      if (--left == 0 && begin < end) begin_segment();
+    }
+    commit_copies();
+    step();
+  }
+  __device__ void step() { slot = slot + 1 < s::chunks_ahead ? slot + 1 : 0; }
+
+  __device__ void fetch_tile(int64_t row_tile, uint32_t to) const {
+    if (row_tile >= args.w.row_tiles) return;
+    int lane = threadIdx.x % 32;
+    int64_t block = row_tile * args.w.col_blocks + chunk * chunk_blocks<kind> + team;
+    const uint8_t *codes = args.w.codes + block * tile_bytes(kind) + lane * 16;
+#pragma unroll
+    for (int j = 0; j < team_blocks; j++)
+#pragma unroll
+      for (int i = 0; i < vectors; i++)
+        copy_async(to + j * tile_bytes(kind) + i * 512 + lane * 16, codes + j * s::teams * tile_bytes(kind) + i * 512,
+                   policy);
+    if (decoder<kind>::scaled && lane < team_blocks * 2)  // 32 bytes a block
+      copy_async(to + codes_bytes + lane * 16, args.w.scales + (block + lane / 2 * s::teams) * 8 + lane % 2 * 4, policy);
+  }
+
+  __device__ void load(uint4 (&codes)[vectors], __half2 &scales, int half, int j) const {
+    int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < vectors; i++) codes[i] = load_vector(at(half) + j * tile_bytes(kind) + i * 512 + lane * 16);
+    if constexpr (decoder<kind>::scaled) scales = load_half2(at(half) + codes_bytes + j * 32 + lane / 4 * 4);
+  }
+};
+
+// ---- multiplying ----
 
 // Barriers of warps: 0 is __syncthreads.
 enum : int { team_barrier = 1, multipliers_barrier, sums_left, sums_taken };
@@ -179,10 +211,14 @@ __device__ void arrive_at(int barrier) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(threads) : "memory");
 }
 
-__device__ inline uint32_t count_up(uint32_t *counter) {  // what was written before is seen by who counts later
-  uint32_t before;
-  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
-  return before;
+// What was written before announce is seen by who has awaited it.
+__device__ inline void announce(uint32_t *flag) {
+  asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory");
+}
+__device__ inline void await(uint32_t *flag) {
+  uint32_t there = 0;
+  while (!there) asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(there) : "l"(flag) : "memory");
+  *flag = 0;
 }
 
 template <weight_kind kind, typename s>
@@ -190,7 +226,7 @@ struct multiplier {
   static constexpr int n = s::n, halves = s::halves;
   // Of a chunk, by a team: so many tiles of a warp. One product is in flight while the next tile is decoded into the
   // other registers, which takes turns over chunks only if their number is even.
-  static constexpr int team_blocks = chunk_blocks<kind> / s::teams;
+  static constexpr int team_blocks = weight_stream<kind, s>::team_blocks;
   static constexpr int in_flight = team_blocks * halves % 2 == 0 ? 1 : 0;
 
   const many_arguments &args;
@@ -198,8 +234,8 @@ struct multiplier {
   stage_barriers &barriers;
   int team;
   decoder<kind> decode;
+  weight_stream<kind, s> &weights;
   ring<s::token_stages, s::teams> tokens;
-  ring<s::weight_stages> weights;
   float sums[halves][n / 2];
   int released;  // the stage of tokens that the products in flight read, or -1
 
@@ -209,11 +245,6 @@ struct multiplier {
   }
 
   __device__ float &sum(int i) { return sums[i / (n / 2)][i % (n / 2)]; }
-
-  __device__ int row_tile(int half) const {  // of this warp, in the tile of the block
-    int warp = threadIdx.x % team_threads / 32;
-    return (warp / 4 * halves + half) * 4 + warp % 4;
-  }
 
   __device__ void release_tokens() {
     if (released >= 0 && threadIdx.x % 128 < cluster_blocks)
@@ -230,20 +261,18 @@ struct multiplier {
     products_wait<in_flight>();
   }
 
-  __device__ void multiply_chunk(uint32_t (&a)[2][4][4], int chunk) {
-    const uint8_t *stage = shared + s::weights_at + weights.stage * s::weight_stage_bytes;
-    const __half2 *scales = reinterpret_cast<const __half2 *>(stage + s::row_tiles * chunk_bytes) +
-                            chunk * chunk_blocks<kind> % 4 * 8 + threadIdx.x % 32 / 4;
-    wait_barrier(&barriers.weights_full[weights.stage], weights.parity);
+  __device__ void multiply_chunk(uint32_t (&a)[2][4][4]) {
+    wait_for_copies<s::chunks_ahead - 1>();
+    __syncwarp();
 #pragma unroll
     for (int j = 0; j < team_blocks; j++) {
-      int block = j * s::teams + team;
 #pragma unroll
       for (int h = 0; h < halves; h++) {
-        int tile = row_tile(h), buffer = (j * halves + h) % 2;
+        int buffer = (j * halves + h) % 2;
         uint4 codes[decoder<kind>::vectors];
-        load_tile<kind>(codes, stage + tile * chunk_bytes + block * tile_bytes(kind));
-        decode_tile<kind>(a[buffer], codes, scales[tile * 32 + block * 8], decode);
+        __half2 scales = {};
+        weights.load(codes, scales, h, j);
+        decode_tile<kind>(a[buffer], codes, scales, decode);
         if (h == 0) wait_barrier(&barriers.tokens_full[tokens.stage], tokens.parity);
         multiply_tile(h, a[buffer]);
         if (h == 0) release_tokens();
@@ -252,15 +281,14 @@ struct multiplier {
       tokens.next();
     }
     __syncwarp();
-    if (threadIdx.x % 32 == 0) arrive_barrier(&barriers.weights_empty[weights.stage]);
-    weights.next();
+    weights.fetch();
   }
 
   __device__ void multiply_segment(const segment &seg) {
     uint32_t a[2][4][4];
     released = -1;
     clear();
-    for (int chunk = seg.first; chunk < seg.first + seg.n; chunk++) multiply_chunk(a, chunk);
+    for (int chunk = 0; chunk < seg.n; chunk++) multiply_chunk(a);
     products_wait<0>();
     release_tokens();
   }
@@ -292,7 +320,7 @@ struct multiplier {
     for (int h = 0; h < halves; h++) {
 #pragma unroll
       for (int lower = 0; lower < 2; lower++) {
-        int64_t row = first_row + row_tile(h) * tile_rows + lower * 8;
+        int64_t row = first_row + weights.row_tile[h] * tile_rows + lower * 8;
         if (row >= args.w.rows) continue;
 #pragma unroll
         for (int i = 0; i < n / 4; i++) {
@@ -314,51 +342,41 @@ struct multiplier {
       for_each_sum(tile, [&](int64_t i, float v) { y[i] = v * unit; });
   }
 
-  __device__ float *part(int64_t slot) const {
-    return args.parts + (slot * cluster_blocks + rank_in_cluster()) * s::registers * team_threads +
-           threadIdx.x % team_threads;
+  __device__ int64_t block_in(int64_t cluster) const { return cluster * cluster_blocks + rank_in_cluster(); }
+
+  __device__ float *part_of(int64_t cluster) const {
+    return args.parts + block_in(cluster) * s::registers * team_threads + threadIdx.x % team_threads;
   }
 
-  __device__ void leave_part(int64_t slot) {
+  __device__ void leave_part() {
+    float *to = part_of(this_cluster());
 #pragma unroll
-    for (int i = 0; i < s::registers; i++) __stcg(part(slot) + i * team_threads, sum(i));
+    for (int i = 0; i < s::registers; i++) __stcg(to + i * team_threads, sum(i));
+    wait_with<team_threads>(team_barrier);
+    if (threadIdx.x % team_threads == 0) announce(args.ready + block_in(this_cluster()));
   }
 
-  // The sum of parts, in order, with as many loads in flight as registers allow.
-  __device__ void add_parts(int64_t first_cluster, int64_t last_cluster) {
-    constexpr int batch = s::registers < 32 ? s::registers : 32, at_once = s::registers > 32 ? 2 : 32 / batch;
-    clear();
+  // Of the clusters that have the tile's beginning, with as many loads in flight as registers allow.
+  __device__ void add_parts(int64_t first_cluster) {
+    constexpr int batch = s::registers < 32 ? s::registers : 32, at_once = s::registers > 32 ? 1 : 32 / batch;
+    int64_t clusters = this_cluster() - first_cluster, thread = threadIdx.x % team_threads;
+    if (thread < clusters) await(args.ready + block_in(first_cluster + thread));
+    wait_with<team_threads>(team_barrier);
 #pragma unroll
     for (int first = 0; first < s::registers; first += batch) {
-      for (int64_t cluster = first_cluster; cluster <= last_cluster; cluster += at_once) {
+      for (int64_t cluster = first_cluster; cluster < this_cluster(); cluster += at_once) {
         float v[at_once][batch];
 #pragma unroll
-        for (int j = 0; j < at_once; j++) {
-          const float *from = part(2 * (cluster + j) + (cluster + j > first_cluster)) + first * team_threads;
+        for (int j = 0; j < at_once; j++)
 #pragma unroll
-          for (int i = 0; i < batch; i++) v[j][i] = cluster + j <= last_cluster ? __ldcg(from + i * team_threads) : 0.f;
-        }
+          for (int i = 0; i < batch; i++)
+            v[j][i] = cluster + j < this_cluster() ? __ldcg(part_of(cluster + j) + (first + i) * team_threads) : 0.f;
 #pragma unroll
         for (int j = 0; j < at_once; j++)
+#pragma unroll
           for (int i = 0; i < batch; i++) sum(first + i) += v[j][i];
       }
     }
-  }
-
-  // A cluster leaves at most two parts: of the tile that it ends in, at 2 cluster, and of one that started before, at
-  // 2 cluster + 1. True in the cluster that is the last of those with a part in the tile; it then has the whole sums.
-  __device__ bool share(const segment &seg) {
-    int64_t begin = seg.tile * args.chunks;
-    int64_t first_cluster = cluster_of(begin), last_cluster = cluster_of(begin + args.chunks - 1);
-    leave_part(2 * this_cluster() + (this_cluster() != first_cluster));
-    uint32_t *arrived = args.arrived + first_cluster * cluster_blocks + rank_in_cluster();
-    wait_with<team_threads>(team_barrier);
-    if (threadIdx.x % team_threads == 0) barriers.parts_before = count_up(arrived);
-    wait_with<team_threads>(team_barrier);
-    if (barriers.parts_before != last_cluster - first_cluster) return false;
-    if (threadIdx.x % team_threads == 0) *arrived = 0;
-    add_parts(first_cluster, last_cluster);
-    return true;
   }
 
   __device__ int64_t cluster_of(int64_t chunk) const {
@@ -368,6 +386,15 @@ struct multiplier {
     return cluster;
   }
 
+  __device__ void finish_segment(const segment &seg, float unit) {
+    if (seg.first + seg.n < args.chunks) {
+      leave_part();
+      return;
+    }
+    if (seg.first > 0) add_parts(cluster_of(seg.tile * args.chunks));
+    write_tile(seg.tile, unit);
+  }
+
   __device__ void run() {
     float unit = decoder<kind>::scaled ? *args.w.unit : 1.f;
     bool first_time = true;
@@ -375,7 +402,7 @@ struct multiplier {
     wait_for_kernel_before();
     for_each_segment(args, [&](const segment &seg) {
       multiply_segment(seg);
-      if (add_teams(first_time) && (seg.n == args.chunks || share(seg))) write_tile(seg.tile, unit);
+      if (add_teams(first_time)) finish_segment(seg, unit);
       first_time = false;
     });
   }
@@ -388,22 +415,23 @@ __device__ void multiply_many(const many_arguments &args, const CUtensorMap &x, 
   if (threadIdx.x < stages_at_most) {
     init_barrier(&barriers.tokens_full[threadIdx.x], 1);
     init_barrier(&barriers.tokens_empty[threadIdx.x], 2 * cluster_blocks);  // the warpgroups of a team
-    init_barrier(&barriers.weights_full[threadIdx.x], 1);
-    init_barrier(&barriers.weights_empty[threadIdx.x], s::multiplying_threads / 32);
     publish_barriers();
   }
   wait_for_cluster();
   if (threadIdx.x >= s::multiplying_threads) {
     limit_registers<s::copying_registers>();
-    int warp = (threadIdx.x - s::multiplying_threads) / 32;
-    if (warp == 0) fetch_weights<kind, s>(args, barriers, shared + s::weights_at);
-    if (warp == 1) fetch_tokens<kind, s>(args, x, barriers, shared + s::tokens_at);
+    if (threadIdx.x / 32 == s::multiplying_threads / 32)
+      fetch_tokens<kind, s>(args, x, barriers, shared + s::tokens_at);
   } else {
     take_registers<s::multiplying_registers>();
+    int team = threadIdx.x / team_threads, warp = threadIdx.x % team_threads / 32;
+    weight_stream<kind, s> weights(args, shared, team);
+    for (int h = 0; h < s::halves; h++) weights.row_tile[h] = (warp / 4 * s::halves + h) * 4 + warp % 4;
+    for (int i = 0; i < s::chunks_ahead; i++) weights.fetch();
     if constexpr (kind == weight_kind::nf4) fill_pair_table(shared, args.codebook, s::multiplying_threads);
     wait_with<s::multiplying_threads>(multipliers_barrier);
-    multiplier<kind, s> m = {args, shared, barriers, int(threadIdx.x) / team_threads,
-                           {shared_address(shared) - shared_start + threadIdx.x % 32 * 4}};
+    decoder<kind> decode = {shared_address(shared) - shared_start + threadIdx.x % 32 * 4};
+    multiplier<kind, s> m = {args, shared, barriers, team, decode, weights};
     m.run();
   }
   wait_for_cluster();  // the other block still arrives at this one's barriers
@@ -442,7 +470,7 @@ cudaError_t launch_shape(const product_call &call) {
   args.chunks = int(call.w.col_blocks / chunk_blocks<kind>);
   args.token_tiles = int(ceil_div(call.tokens, s::n));
   args.all_chunks = ceil_div(call.w.rows, s::rows * cluster_blocks) * args.token_tiles * args.chunks;
-  args.arrived = static_cast<uint32_t *>(call.workspace);
+  args.ready = static_cast<uint32_t *>(call.workspace);
   args.parts = reinterpret_cast<float *>(static_cast<uint8_t *>(call.workspace) + workspace_zero_bytes);
   int64_t clusters = call.context->multiprocessors / cluster_blocks;
   if (clusters > args.all_chunks) clusters = args.all_chunks;
@@ -468,7 +496,7 @@ cudaError_t launch_kind(const product_call &call) {
 
 size_t many_workspace_bytes(const product_context &context) {
   size_t part = size_t(largest_shape::registers) * team_threads * sizeof(float);
-  return workspace_zero_bytes + 2 * size_t(context.multiprocessors) * part;
+  return workspace_zero_bytes + size_t(context.multiprocessors) * part;
 }
 
 cudaError_t launch_many(const product_call &call) {

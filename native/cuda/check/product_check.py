@@ -211,8 +211,8 @@ def speed(paths, tokens, shapes, dtype, peers):
     print(f"{torch.cuda.get_device_name()}, copy {bandwidth:.2f} TB/s, {NAMES[dtype]}, microseconds")
     ratios = {}
     for name, (rows, cols) in shapes.items():
-        peer = peer_times(rows, cols, tokens, dtype == NF4) if peers else {}
         own = [own_times(library, dtype, rows, cols, tokens) for library in libraries]
+        peer = peer_times(rows, cols, tokens, dtype == NF4) if peers else {}
         for m in tokens:
             moved = stored_bytes(dtype, rows, cols) + 2 * m * cols + (4 if m <= 64 else 2) * m * rows
             floor = moved / bandwidth / 1e6
