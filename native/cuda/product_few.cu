@@ -10,9 +10,10 @@ namespace adaptrt {
 namespace {
 
 constexpr int warps_at_most = 16;
-// Half of a multiprocessor for each block of threads: the next product's can start beside it and fetch its first weights.
+// If there is room, half of a multiprocessor for each block of threads: the next product's can start beside it and fetch its
+// first weights.
 constexpr int blocks_beside = 2;
-constexpr int chunks_ahead = 2;
+constexpr int slots_in_table = 2, slots_at_most = 4;  // chunks of a warp on their way
 
 // Weights are copied a chunk at a time: two tiles of nf4, one of int8 or bf16.
 template <weight_kind kind>
@@ -20,10 +21,10 @@ constexpr int chunk_bytes = tile_bytes(kind) > 1024 ? tile_bytes(kind) : 1024;
 template <weight_kind kind>
 constexpr int chunk_blocks = chunk_bytes<kind> / tile_bytes(kind);
 
-// Offsets into shared memory. The pair table, for nf4, comes first, and the codes on their way are in the upper halves of its
-// entries, which are free: pieces of 128 bytes, 256 apart.
+// Offsets into shared memory. The pair table, for nf4, comes first, and the first chunks on their way are in the upper halves
+// of its entries, which are free: pieces of 128 bytes, 256 apart. `slots` chunks of each warp are on their way.
 struct shared_plan {
-  int scales, sums, tokens, bytes;
+  int slots, codes, scales, sums, tokens, bytes;
 };
 
 struct few_arguments {
@@ -109,37 +110,45 @@ struct division {
 template <weight_kind kind>
 struct weight_stream {
   static constexpr int vectors = chunk_bytes<kind> / 512;  // of 16 bytes, of a lane
-  static constexpr int piece_stride = 1024;                // from a lane's vector to its next
   static constexpr int scale_bytes = decoder<kind>::scaled ? chunk_blocks<kind> * 32 : 0;
 
   const uint8_t *codes;
   const __half2 *scales;
-  int chunks;              // still to be fetched
-  uint32_t slot;           // of the ring, the oldest
-  uint32_t at, scales_at;  // the ring in shared memory: this lane's codes, and scales
+  int chunks;  // still to be fetched
+  int slot;    // the oldest
+  uint32_t in_table, outside, scales_at;  // the warp's slots, as this lane reads them
+  uint32_t at, stride;                    // of the oldest: this lane's first vector, and from one to the next
 
   __device__ weight_stream(const few_arguments &args, int64_t first_block, int blocks, uint32_t shared)
-      : chunks((blocks + chunk_blocks<kind> - 1) / chunk_blocks<kind>), slot(0) {
-    int lane = threadIdx.x % 32, first_slot = threadIdx.x / 32 * chunks_ahead;
+      : chunks((blocks + chunk_blocks<kind> - 1) / chunk_blocks<kind>) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     codes = args.w.codes + first_block * tile_bytes(kind) + lane * 16;
     scales = args.w.scales + first_block * 8 + lane * 4;
-    at = shared + first_slot * vectors * piece_stride + lane / 8 * 256 + 128 + lane % 8 * 16;
-    scales_at = shared + args.plan.scales + first_slot * scale_bytes;
+    in_table = shared + warp * slots_in_table * vectors * 1024 + lane / 8 * 256 + 128 + lane % 8 * 16;
+    outside = shared + args.plan.codes + warp * (args.plan.slots - slots_in_table) * chunk_bytes<kind> + lane * 16;
+    scales_at = shared + args.plan.scales + warp * args.plan.slots * scale_bytes;
+    go_to(0);
+  }
+  __device__ void go_to(int next) {
+    slot = next;
+    bool inside = slot < slots_in_table;
+    stride = inside ? 1024 : 512;
+    at = inside ? in_table + slot * vectors * 1024 : outside + (slot - slots_in_table) * chunk_bytes<kind>;
   }
   // Every call counts as one more chunk on its way, even past the end. The last chunk may reach over the run's end.
-  __device__ void fetch(uint64_t policy) {
+  __device__ void fetch(int slots, uint64_t policy) {
     int lane = threadIdx.x % 32;
     if (chunks-- > 0) {
 #pragma unroll
-      for (int i = 0; i < vectors; i++) copy_async(at + (slot * vectors + i) * piece_stride, codes + i * 512, policy);
+      for (int i = 0; i < vectors; i++) copy_async(at + i * stride, codes + i * 512, policy);
       if (lane * 16 < scale_bytes) copy_async(scales_at + slot * scale_bytes + lane * 16, scales, policy);
       codes += chunk_bytes<kind>;
       scales += chunk_blocks<kind> * 8;
     }
     commit_copies();
-    slot = slot + 1 < chunks_ahead ? slot + 1 : 0;
+    go_to(slot + 1 < slots ? slot + 1 : 0);
   }
-  __device__ uint4 load_codes(int i) const { return load_vector(at + (slot * vectors + i) * piece_stride); }
+  __device__ uint4 load_codes(int i) const { return load_vector(at + i * stride); }
   __device__ float2 load_scales(int block) const {
     if constexpr (!decoder<kind>::scaled) return make_float2(1, 1);
     return __half22float2(load_half2(scales_at + slot * scale_bytes + block * 32 + threadIdx.x % 32 / 4 * 4));
@@ -224,6 +233,15 @@ __device__ void write_shared_tiles(uint8_t *shared, const few_arguments &args, c
   }
 }
 
+__device__ void wait_for_oldest(int slots) {
+  if (slots == 4)
+    wait_for_copies<3>();
+  else if (slots == 3)
+    wait_for_copies<2>();
+  else
+    wait_for_copies<1>();
+}
+
 template <weight_kind kind>
 __device__ void multiply_run(uint8_t *shared, const few_arguments &args, const division &by, weight_stream<kind> &stream,
                              float unit) {
@@ -238,7 +256,7 @@ __device__ void multiply_run(uint8_t *shared, const few_arguments &args, const d
   float sums[4] = {0, 0, 0, 0};
   uint64_t policy = evict_first_policy();
   while (block < end) {
-    wait_for_copies<chunks_ahead - 1>();
+    wait_for_oldest(args.plan.slots);
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < chunk_blocks<kind>; i++) {
@@ -257,7 +275,7 @@ __device__ void multiply_run(uint8_t *shared, const few_arguments &args, const d
     }
     block += chunk_blocks<kind>;
     __syncwarp();
-    stream.fetch(policy);
+    stream.fetch(args.plan.slots, policy);
   }
   if (col > 0) leave_part(part_of(shared, args, warp, tile_beginning), args, sums);
 }
@@ -271,7 +289,7 @@ __global__ void __launch_bounds__(warps_at_most * 32, kind == weight_kind::bf16 
   int warp = threadIdx.x / 32, first = by.first_of(warp);
   weight_stream<kind> stream(args, int64_t(by.first_tile) * args.w.col_blocks + first, by.first_of(warp + 1) - first,
                              shared_address(shared));
-  for (int i = 0; i < chunks_ahead; i++) stream.fetch(evict_first_policy());
+  for (int i = 0; i < args.plan.slots; i++) stream.fetch(args.plan.slots, evict_first_policy());
   if constexpr (kind == weight_kind::nf4) fill_pair_table(shared, args.codebook, blockDim.x);
   float unit = decoder<kind>::scaled ? *args.w.unit : 1.f;
   wait_for_kernel_before();
@@ -285,28 +303,40 @@ __global__ void __launch_bounds__(warps_at_most * 32, kind == weight_kind::bf16 
 // ---- launching ----
 
 template <weight_kind kind>
-shared_plan plan_shared_for(const packed_matrix &w, int tokens) {
-  constexpr int chunks = warps_at_most * chunks_ahead;
+shared_plan lay_out(const packed_matrix &w, int tokens, int slots) {
+  constexpr int vectors = weight_stream<kind>::vectors, table = warps_at_most * slots_in_table * vectors * 1024;
+  static_assert(kind != weight_kind::nf4 || table == pair_table_bytes, "two slots of every warp in the table");
   shared_plan plan;
-  plan.scales = chunks * weight_stream<kind>::vectors * weight_stream<kind>::piece_stride;
-  static_assert(kind != weight_kind::nf4 || chunks * weight_stream<kind>::vectors * 1024 == pair_table_bytes, "halves");
-  plan.sums = plan.scales + chunks * weight_stream<kind>::scale_bytes;
+  plan.slots = slots;
+  plan.codes = table;
+  plan.scales = plan.codes + warps_at_most * (slots - slots_in_table) * chunk_bytes<kind>;
+  plan.sums = plan.scales + warps_at_most * slots * weight_stream<kind>::scale_bytes;
   plan.tokens = plan.sums + warps_at_most * 2 * tokens * tile_rows * int(sizeof(float));
   plan.bytes = int(plan.tokens + w.col_blocks * tokens * 128);
   return plan;
 }
 
-shared_plan plan_shared(const packed_matrix &w, int tokens) {
+shared_plan lay_out(const packed_matrix &w, int tokens, int slots) {
   switch (w.kind) {
-    case weight_kind::nf4: return plan_shared_for<weight_kind::nf4>(w, tokens);
-    case weight_kind::int8: return plan_shared_for<weight_kind::int8>(w, tokens);
-    default: return plan_shared_for<weight_kind::bf16>(w, tokens);
+    case weight_kind::nf4: return lay_out<weight_kind::nf4>(w, tokens, slots);
+    case weight_kind::int8: return lay_out<weight_kind::int8>(w, tokens, slots);
+    default: return lay_out<weight_kind::bf16>(w, tokens, slots);
   }
+}
+
+// Three chunks of a warp on their way are enough, and worth less than room for the next product beside this one.
+shared_plan plan_shared(const product_context &context, const packed_matrix &w, int tokens) {
+  int half = (context.shared_bytes + shared_start) / 2 - shared_start;
+  for (int slots = slots_at_most; slots > slots_in_table; slots--)
+    if (lay_out(w, tokens, slots).bytes <= half) return lay_out(w, tokens, slots);
+  for (int slots = slots_at_most; slots > slots_in_table; slots--)
+    if (lay_out(w, tokens, slots).bytes <= context.shared_bytes) return lay_out(w, tokens, slots);
+  return lay_out(w, tokens, slots_in_table);
 }
 
 template <weight_kind kind>
 cudaError_t launch_kind(const product_call &call) {
-  shared_plan plan = plan_shared(call.w, call.tokens);
+  shared_plan plan = plan_shared(*call.context, call.w, call.tokens);
   few_arguments args = {call.w, call.x, call.x_stride, call.tokens, call.out, call.context->codebook, plan};
   int64_t blocks = call.context->multiprocessors;
   if (blocks > call.w.row_tiles) blocks = call.w.row_tiles;
@@ -317,7 +347,7 @@ cudaError_t launch_kind(const product_call &call) {
 
 int few_tokens_at_once(const product_context &context, const packed_matrix &w) {
   int tokens = few_tokens;
-  while (tokens > 0 && plan_shared(w, tokens).bytes > context.shared_bytes) tokens--;
+  while (tokens > 0 && plan_shared(context, w, tokens).bytes > context.shared_bytes) tokens--;
   return tokens;
 }
 

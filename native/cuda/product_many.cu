@@ -200,7 +200,7 @@ struct weight_stream {
 // ---- multiplying ----
 
 // Barriers of warps: 0 is __syncthreads.
-enum : int { team_barrier = 1, multipliers_barrier, sums_left, sums_taken };
+enum : int { team_barrier = 1, sums_left, sums_taken };
 
 template <int threads>
 __device__ void wait_with(int barrier) {
@@ -412,24 +412,25 @@ template <weight_kind kind, typename s>
 __device__ void multiply_many(const many_arguments &args, const CUtensorMap &x, uint8_t *shared) {
   stage_barriers &barriers = *reinterpret_cast<stage_barriers *>(shared + s::barriers_at);
   let_next_kernel_start();
+  int team = threadIdx.x / team_threads, warp = threadIdx.x % team_threads / 32;
+  bool multiplies = threadIdx.x < s::multiplying_threads;
+  weight_stream<kind, s> weights(args, shared, team);
+  for (int h = 0; h < s::halves; h++) weights.row_tile[h] = (warp / 4 * s::halves + h) * 4 + warp % 4;
+  for (int i = 0; multiplies && i < s::chunks_ahead; i++) weights.fetch();
+  if constexpr (kind == weight_kind::nf4) fill_pair_table(shared, args.codebook, s::threads);
   if (threadIdx.x < stages_at_most) {
     init_barrier(&barriers.tokens_full[threadIdx.x], 1);
     init_barrier(&barriers.tokens_empty[threadIdx.x], 2 * cluster_blocks);  // the warpgroups of a team
     publish_barriers();
   }
+  __syncthreads();
   wait_for_cluster();
-  if (threadIdx.x >= s::multiplying_threads) {
+  if (!multiplies) {
     limit_registers<s::copying_registers>();
     if (threadIdx.x / 32 == s::multiplying_threads / 32)
       fetch_tokens<kind, s>(args, x, barriers, shared + s::tokens_at);
   } else {
     take_registers<s::multiplying_registers>();
-    int team = threadIdx.x / team_threads, warp = threadIdx.x % team_threads / 32;
-    weight_stream<kind, s> weights(args, shared, team);
-    for (int h = 0; h < s::halves; h++) weights.row_tile[h] = (warp / 4 * s::halves + h) * 4 + warp % 4;
-    for (int i = 0; i < s::chunks_ahead; i++) weights.fetch();
-    if constexpr (kind == weight_kind::nf4) fill_pair_table(shared, args.codebook, s::multiplying_threads);
-    wait_with<s::multiplying_threads>(multipliers_barrier);
     decoder<kind> decode = {shared_address(shared) - shared_start + threadIdx.x % 32 * 4};
     multiplier<kind, s> m = {args, shared, barriers, team, decode, weights};
     m.run();
