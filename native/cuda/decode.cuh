@@ -11,9 +11,9 @@ struct nf4_values {
 };
 
 // A byte of two codes is looked up in shared memory: 256 pairs of bf16, each repeated for every lane so that no two
-// lanes meet in a bank. Entries are 256 bytes apart (the upper half of each is not used), so that one byte permutation
-// makes an offset; the table is the first thing in dynamic shared memory, whose address is then part of the instruction.
-// So these kernels have no static shared memory, and product_create checks the address.
+// lanes meet in a bank. Entries are 256 bytes apart (the upper half of each is not used), so that one byte
+// permutation makes an offset; the table is the first thing in dynamic shared memory, whose address is then part of
+// the instruction. So these kernels have no static shared memory, and product_create checks the address.
 constexpr int pair_table_bytes = 256 * 256;
 constexpr int shared_start = 1024;  // before it is what the system keeps
 
@@ -28,8 +28,8 @@ __device__ inline void fill_pair_table(uint8_t *table, const nf4_values &values,
   }
 }
 
-// `lane_entry`: the lane's place in the first entry, less shared_start (in a cluster an address names the block, too).
-// Volatile, so that no lookup moves above the barrier after filling.
+// `lane_entry`: the lane's place in the first entry, less shared_start (in a cluster an address names the block,
+// too). Volatile, so that no lookup moves above the barrier after filling.
 __device__ inline uint32_t look_up(uint32_t lane_entry, uint32_t word, int byte) {
   uint32_t at = __byte_perm(word, lane_entry, 0x7604 | byte << 4), pair;
   asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(pair) : "r"(at), "n"(shared_start));

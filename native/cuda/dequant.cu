@@ -186,7 +186,8 @@ size_t packed_bytes(adrt_dtype dtype, int64_t rows, int64_t cols) {
   if (dtype < ADRT_F32 || dtype > ADRT_NF4 || rows < 1 || cols < 1 || rows > longest || cols > longest) return 0;
   packed_matrix w = describe_packed(dtype, rows, cols, nullptr);
   int64_t tiles = w.row_tiles * w.col_blocks, scales = w.kind == weight_kind::bf16 ? 0 : 8 * sizeof(__half2);
-  return size_t(2 * buffer_alignment + tiles * (tile_bytes(w.kind) + scales));  // copies may reach a little over the end
+  constexpr int64_t reach = buffer_alignment;  // copies may reach a little over the end
+  return size_t(buffer_alignment + tiles * (tile_bytes(w.kind) + scales) + reach);
 }
 
 cudaError_t launch_pack(adrt_dtype dtype, const void *stored, const packed_matrix &to, cudaStream_t stream) {

@@ -1,28 +1,43 @@
-// Hopper's own instructions: copies that complete on a barrier, and products of a warpgroup (128 threads) whose first
-// operand is in registers and whose second is in shared memory. For sm_90a.
+// Hopper's own instructions: copies that complete on a barrier, and products of a warpgroup (128 threads) whose
+// first operand is in registers and whose second is in shared memory. For sm_90a.
 #ifndef ADAPTRT_CUDA_HOPPER_CUH
 #define ADAPTRT_CUDA_HOPPER_CUH
 #include <cuda.h>
 
-#include "barrier.cuh"
+#include "decode.cuh"
 
 namespace adaptrt {
 
+// ---- barriers in shared memory: they count arrivals, and bytes, in phases; a waiter names the parity of its phase ----
+
+__device__ inline void init_barrier(uint64_t *barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+
+__device__ inline bool barrier_passed(uint64_t *barrier, int parity) {
+  uint32_t passed;
+  asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+               : "=r"(passed)
+               : "r"(shared_address(barrier)), "r"(parity)
+               : "memory");
+  return passed;
+}
+
+__device__ inline void wait_barrier(uint64_t *barrier, int parity) {
+  while (!barrier_passed(barrier, parity)) {
+  }
+}
+
+// One arrival, and so many bytes to come.
 __device__ inline void expect_bytes(uint64_t *barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
 }
 
-__device__ inline void copy_to_shared(void *to, const void *from, uint32_t bytes, uint64_t *barrier, uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-          shared_address(to)),
-      "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
-      : "memory");
-}
+// ---- clusters ----
 
-// A box of a two-dimensional array, from (column, row) on, to the same place in every block of the cluster that `blocks`
-// has a bit for, and counted by the barrier there; what lies outside of the array arrives as zeros.
+// A box of a two-dimensional array, from (column, row) on, to the same place in every block of the cluster that
+// `blocks` has a bit for, and counted by the barrier there; what lies outside of the array arrives as zeros.
 __device__ inline void copy_box_to_cluster(void *to, const CUtensorMap &map, int column, int row, uint64_t *barrier,
                                            uint16_t blocks) {
   asm volatile(
@@ -46,12 +61,15 @@ __device__ inline void wait_for_cluster() {
 // At the same barrier of another block of the cluster, or of this one.
 __device__ inline void arrive_in_cluster(uint64_t *barrier, uint32_t rank) {
   asm volatile(
-      "{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [there];}" ::"r"(shared_address(barrier)),
+      "{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [there];}" ::"r"(
+          shared_address(barrier)),
       "r"(rank)
       : "memory");
 }
 
 __device__ inline void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+// ---- warpgroups ----
 
 // Registers move between warpgroups: one that needs few gives up some, one that multiplies takes them.
 template <int n>

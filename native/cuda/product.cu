@@ -48,8 +48,8 @@ void product_destroy(product_context *context) {
 enum class way { few, many, dense };
 
 static way choose(const product_context &context, const packed_matrix &w, int tokens) {
-  constexpr int dense_from_hopper = 1024, dense_from = 64;
-  if (tokens >= (context.hopper ? dense_from_hopper : dense_from) && can_multiply_dense(context, w)) return way::dense;
+  int dense_from = context.hopper ? 1024 : 64;
+  if (tokens >= dense_from && can_multiply_dense(context, w)) return way::dense;
   return context.hopper && tokens > few_tokens_at_once(context, w) ? way::many : way::few;
 }
 

@@ -4,14 +4,14 @@
 //   launch_product                                      any number of tokens, any kind of weights
 //   launch_rows, launch_dequantize                      weights themselves: embeddings, adapters that need them
 //
-// Weights stay as they are stored (spec/format.md), reordered so that every load of a warp is one line of 512 bytes and
-// what arrives in a register is what a tensor core's operand needs. The arithmetic: weights and tokens enter
+// Weights stay as they are stored (spec/format.md), reordered so that every load of a warp is one line of 512 bytes
+// and what arrives in a register is what a tensor core's operand needs. The arithmetic: weights and tokens enter
 // the tensor cores as bfloat16, sums are float32. Nothing here allocates, synchronizes or prints, except
 // product_create; every launch can be captured in a graph.
 //
-// The kernels are launched so that they may start while the kernel before them on the stream still runs (programmatic
-// dependent launch). They read weights and nothing else before that kernel has ended. So weights must not be written by
-// the very kernel before a product; everything else is as usual.
+// The kernels are launched so that they may start while the kernel before them on the stream still runs
+// (programmatic dependent launch). They read weights and nothing else before that kernel has ended. So weights must
+// not be written by the very kernel before a product; everything else is as usual.
 #ifndef ADAPTRT_CUDA_PRODUCT_CUH
 #define ADAPTRT_CUDA_PRODUCT_CUH
 #include <cuda_bf16.h>
@@ -24,8 +24,8 @@
 
 namespace adaptrt {
 
-// What a matrix became on the device. f32 and f16 weights are rounded to bf16, and so are nf4 weights whose rows are no
-// multiple of 64 long, since their blocks run across the ends of rows.
+// What a matrix became on the device. f32 and f16 weights are rounded to bf16, and so are nf4 weights whose rows
+// are no multiple of 64 long, since their blocks run across the ends of rows.
 enum class weight_kind : int32_t { nf4, int8, bf16 };
 
 constexpr int tile_rows = 16;       // rows of a tile: the M of a tensor core's product
@@ -36,7 +36,7 @@ struct packed_matrix {
   weight_kind kind;
   int64_t rows, cols;
   int64_t row_tiles, col_blocks;  // col_blocks counts the padding
-  uint8_t *codes;                 // [row_tiles, col_blocks, tile]: a tile is 512 bytes of nf4, 1024 of int8, 2048 of bf16
+  uint8_t *codes;                 // [row_tiles, col_blocks, tile]: 512 bytes of nf4, 1024 of int8, 2048 of bf16
   __half2 *scales;                // [row_tiles, col_blocks, 8]: of rows g and g + 8; absent for bf16
   float *unit;                    // [1], a power of two: a block's scale is its half times this
 };
@@ -59,9 +59,9 @@ struct product_context;
 cudaError_t product_create(int device, product_context **out);
 void product_destroy(product_context *context);
 
-// Bytes of workspace that products with this matrix and up to so many tokens need. The largest of all products serves
-// all of them, one stream at a time. The first workspace_zero_bytes must be zero before the first use; every product leaves
-// them so.
+// Bytes of workspace that products with this matrix and up to so many tokens need. The largest of all products
+// serves all of them, one stream at a time. The first workspace_zero_bytes must be zero before the first use; every
+// product leaves them so.
 size_t product_workspace_bytes(const product_context *context, const packed_matrix &w, int max_tokens);
 constexpr size_t workspace_zero_bytes = 64 * 1024;
 

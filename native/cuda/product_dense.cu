@@ -1,5 +1,5 @@
-// Products for very many tokens: weights become bf16 once, a slab of rows at a time, and cuBLAS multiplies. cuBLAS is
-// loaded at run time; without it the other kernels do all the work.
+// Products for very many tokens: weights become bf16 once, a slab of rows at a time, and cuBLAS multiplies. cuBLAS
+// is loaded at run time; without it the other kernels do all the work.
 #include <dlfcn.h>
 
 #include <new>
@@ -8,10 +8,12 @@
 
 namespace adaptrt {
 
-// As much of cuBLAS's interface as is used here; the numbers are its enumerations' and have not changed since version 11.
+// As much of cuBLAS's interface as is used here; the numbers are its enumerations' and have not changed since
+// version 11.
 struct cublas_library {
   using handle = struct cublasContext *;
-  enum : int { success = 0, not_transposed = 0, transposed = 1, type_f32 = 0, type_bf16 = 14, compute_f32 = 68, any = -1 };
+  enum : int { success = 0, not_transposed = 0, transposed = 1, type_f32 = 0, type_bf16 = 14 };
+  enum : int { compute_f32 = 68, any_algorithm = -1 };
   int (*create)(handle *);
   int (*destroy)(handle);
   int (*set_stream)(handle, cudaStream_t);
@@ -50,13 +52,14 @@ struct unpack_arguments {
 };
 
 // Registers of a tile -> shared memory -> whole lines of rows.
-__device__ void write_rows(uint8_t *shared, const uint32_t (&a)[4][4], __nv_bfloat16 *out, int64_t rows, int64_t cols) {
+__device__ void write_rows(uint8_t *shared, const uint32_t (&a)[4][4], __nv_bfloat16 *out, int64_t rows,
+                           int64_t cols) {
   int lane = threadIdx.x % 32;
 #pragma unroll
   for (int step = 0; step < 4; step++)
     for (int r = 0; r < 4; r++)
-      *reinterpret_cast<uint32_t *>(shared + (lane / 4 + r % 2 * 8) * row_bytes + step * 32 + r / 2 * 16 + lane % 4 * 4) =
-          a[step][r];
+      *reinterpret_cast<uint32_t *>(shared + (lane / 4 + r % 2 * 8) * row_bytes + step * 32 + r / 2 * 16 +
+                                    lane % 4 * 4) = a[step][r];
   __syncwarp();
   for (int row = lane / 8; row < tile_rows && row < rows; row += 4)
     *reinterpret_cast<uint4 *>(out + row * cols + lane % 8 * 8) =
@@ -77,7 +80,8 @@ __global__ void __launch_bounds__(warps * 32) unpack_tiles(const __grid_constant
   constexpr int at_once = col_blocks_step, vectors = decoder<kind>::vectors;
   int64_t groups = args.w.col_blocks / at_once;
   for (int64_t i = int64_t(blockIdx.x) * warps + warp; i < args.tiles * groups; i += int64_t(gridDim.x) * warps) {
-    int64_t tile = i / groups, block = i % groups * at_once, from = (args.first_tile + tile) * args.w.col_blocks + block;
+    int64_t tile = i / groups, block = i % groups * at_once;
+    int64_t from = (args.first_tile + tile) * args.w.col_blocks + block;
     uint4 codes[at_once * vectors];  // all on their way before the first is used
 #pragma unroll
     for (int j = 0; j < at_once * vectors; j++)
@@ -125,10 +129,10 @@ bool multiply_slab(const product_call &call, const __nv_bfloat16 *weights, int64
   const cublas_library &c = *call.context->cublas;
   float one = 1, before = call.out.accumulate ? 1 : 0;
   size_t item = call.out.bf16 ? sizeof(__nv_bfloat16) : sizeof(float);
-  return c.gemm(c.at, c.transposed, c.not_transposed, int(rows), call.tokens, int(call.w.cols), &one, weights, c.type_bf16,
-                int(call.w.cols), call.x, c.type_bf16, int(call.x_stride), &before,
+  return c.gemm(c.at, c.transposed, c.not_transposed, int(rows), call.tokens, int(call.w.cols), &one, weights,
+                c.type_bf16, int(call.w.cols), call.x, c.type_bf16, int(call.x_stride), &before,
                 static_cast<uint8_t *>(call.out.y) + first_row * item, call.out.bf16 ? c.type_bf16 : c.type_f32,
-                int(call.out.stride), c.compute_f32, c.any) == c.success;
+                int(call.out.stride), c.compute_f32, c.any_algorithm) == c.success;
 }
 
 }  // namespace
@@ -168,8 +172,8 @@ cudaError_t launch_dense(const product_call &call) {
     return cudaErrorUnknown;
   int64_t at_once = slab_tiles(call.w);
   for (int64_t first = 0; first < call.w.row_tiles; first += at_once) {
-    int64_t tiles = call.w.row_tiles - first < at_once ? call.w.row_tiles - first : at_once;
-    int64_t rows = call.w.rows - first * tile_rows < tiles * tile_rows ? call.w.rows - first * tile_rows : tiles * tile_rows;
+    int64_t left = call.w.row_tiles - first, tiles = left < at_once ? left : at_once;
+    int64_t rows = tiles < left ? tiles * tile_rows : call.w.rows - first * tile_rows;
     cudaError_t status = unpack_slab(call, first, tiles, weights);
     if (status != cudaSuccess) return status;
     if (!multiply_slab(call, weights, first * tile_rows, rows)) return cudaErrorUnknown;

@@ -1,30 +1,26 @@
 // Products for up to 8 tokens: bound by the bytes of the weights, so everything serves the stream of loads.
 //
-// A block of threads keeps all tokens in shared memory and takes a run of tiles of 16 rows. The tiles' blocks of 64 columns
-// lie one after another in memory and are dealt out to its warps evenly, a run to each: a warp copies its run through a
-// small ring of its own, decodes a block at a time and multiplies it on tensor cores (16 rows by up to 8 tokens). Warps do not wait
-// for each other until the end, when the sums of tiles that several warps share are added in the order of the columns.
+// A block of threads keeps all tokens in shared memory and takes a run of tiles of 16 rows. The tiles' blocks of 64
+// columns lie one after another in memory and are dealt out to its warps evenly, a run to each: a warp copies its
+// run through a small ring of its own, decodes a block at a time and multiplies it on tensor cores (16 rows by up
+// to 8 tokens). Warps do not wait for each other until the end, when the sums of tiles that several warps share are
+// added in the order of the columns.
 #include "launch.cuh"
 
 namespace adaptrt {
 namespace {
 
-constexpr int warps_at_most = 16;
-// If there is room, half of a multiprocessor for each block of threads: the next product's can start beside it and fetch its
-// first weights.
-constexpr int blocks_beside = 2;
-constexpr int slots_in_table = 2, slots_at_most = 4;  // chunks of a warp on their way
+constexpr int warps_at_most = 16, warps_at_least = 8;
+constexpr int chunk_bytes = 2048, scale_bytes = 128;  // codes copied at a time, and room for their scales
+constexpr int slot_bytes = chunk_bytes + scale_bytes;
+constexpr int chunks_ahead = 2;
 
-// Weights are copied a chunk at a time: two tiles of nf4, one of int8 or bf16.
 template <weight_kind kind>
-constexpr int chunk_bytes = tile_bytes(kind) > 1024 ? tile_bytes(kind) : 1024;
-template <weight_kind kind>
-constexpr int chunk_blocks = chunk_bytes<kind> / tile_bytes(kind);
+constexpr int chunk_blocks = chunk_bytes / tile_bytes(kind);
 
-// Offsets into shared memory. The pair table, for nf4, comes first, and the first chunks on their way are in the upper halves
-// of its entries, which are free: pieces of 128 bytes, 256 apart. `slots` chunks of each warp are on their way.
+// Offsets into shared memory. The pair table, for nf4, comes first.
 struct shared_plan {
-  int slots, codes, scales, sums, tokens, bytes;
+  int weights, sums, tokens, bytes;
 };
 
 struct few_arguments {
@@ -38,9 +34,9 @@ struct few_arguments {
 };
 
 // ---- tokens in shared memory ----
-// For each block of 64 columns and token 128 bytes, in the order in which lane 4n + t reads the operand of token n: two
-// halves of four 16-byte pieces, piece t of half h for the steps 2h and 2h + 1. Odd tokens have their halves swapped, so that
-// the lanes of two tokens meet in no bank.
+// For each block of 64 columns and token 128 bytes, in the order in which lane 4n + t reads the operand of token n:
+// two halves of four 16-byte pieces, piece t of half h for the steps 2h and 2h + 1. Odd tokens have their halves
+// swapped, so that the lanes of two tokens meet in no bank.
 
 __device__ int token_piece(int n_tokens, int block, int token, int half, int t) {
   return (block * n_tokens + token) * 128 + (half ^ (token & 1)) * 64 + t * 16;
@@ -88,13 +84,13 @@ __device__ void stage_tokens(uint8_t *tokens, const few_arguments &args) {
 
 // ---- the division of work ----
 
-// The tiles of a block of threads, and the run of blocks of columns of each of its warps, counted from the first tile's
-// first.
+// The tiles of a block of threads, and the run of blocks of columns of each of its warps, counted from the first
+// tile's first.
 struct division {
   int first_tile, tiles, blocks, warps;
 
   __device__ explicit division(const few_arguments &args) {
-    int few = int(args.w.row_tiles) / gridDim.x, more = int(args.w.row_tiles) % gridDim.x;  // `more` blocks have one more
+    int few = int(args.w.row_tiles) / gridDim.x, more = int(args.w.row_tiles) % gridDim.x;  // so many have one more
     first_tile = few * blockIdx.x + min(int(blockIdx.x), more);
     tiles = few + (int(blockIdx.x) < more);
     blocks = tiles * int(args.w.col_blocks);
@@ -109,49 +105,33 @@ struct division {
 // A warp's run on its way through a ring in shared memory. A lane copies just the codes that it will read.
 template <weight_kind kind>
 struct weight_stream {
-  static constexpr int vectors = chunk_bytes<kind> / 512;  // of 16 bytes, of a lane
-  static constexpr int scale_bytes = decoder<kind>::scaled ? chunk_blocks<kind> * 32 : 0;
-
+  static constexpr int scale_vectors = decoder<kind>::scaled ? chunk_blocks<kind> * 2 : 0;
   const uint8_t *codes;
   const __half2 *scales;
   int chunks;  // still to be fetched
-  int slot;    // the oldest
-  uint32_t in_table, outside, scales_at;  // the warp's slots, as this lane reads them
-  uint32_t at, stride;                    // of the oldest: this lane's first vector, and from one to the next
+  uint32_t ring, slot;
+  uint64_t policy;
 
-  __device__ weight_stream(const few_arguments &args, int64_t first_block, int blocks, uint32_t shared)
-      : chunks((blocks + chunk_blocks<kind> - 1) / chunk_blocks<kind>) {
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  __device__ weight_stream(const few_arguments &args, int64_t first_block, int blocks, uint32_t ring)
+      : chunks((blocks + chunk_blocks<kind> - 1) / chunk_blocks<kind>), ring(ring), slot(ring),
+        policy(evict_first_policy()) {
+    int lane = threadIdx.x % 32;
     codes = args.w.codes + first_block * tile_bytes(kind) + lane * 16;
     scales = args.w.scales + first_block * 8 + lane * 4;
-    in_table = shared + warp * slots_in_table * vectors * 1024 + lane / 8 * 256 + 128 + lane % 8 * 16;
-    outside = shared + args.plan.codes + warp * (args.plan.slots - slots_in_table) * chunk_bytes<kind> + lane * 16;
-    scales_at = shared + args.plan.scales + warp * args.plan.slots * scale_bytes;
-    go_to(0);
-  }
-  __device__ void go_to(int next) {
-    slot = next;
-    bool inside = slot < slots_in_table;
-    stride = inside ? 1024 : 512;
-    at = inside ? in_table + slot * vectors * 1024 : outside + (slot - slots_in_table) * chunk_bytes<kind>;
   }
   // Every call counts as one more chunk on its way, even past the end. The last chunk may reach over the run's end.
-  __device__ void fetch(int slots, uint64_t policy) {
+  __device__ void fetch() {
     int lane = threadIdx.x % 32;
     if (chunks-- > 0) {
 #pragma unroll
-      for (int i = 0; i < vectors; i++) copy_async(at + i * stride, codes + i * 512, policy);
-      if (lane * 16 < scale_bytes) copy_async(scales_at + slot * scale_bytes + lane * 16, scales, policy);
-      codes += chunk_bytes<kind>;
+      for (int i = 0; i < chunk_bytes / 512; i++) copy_async(slot + i * 512 + lane * 16, codes + i * 512, policy);
+      if (lane < scale_vectors) copy_async(slot + chunk_bytes + lane * 16, scales, policy);
+      codes += chunk_bytes;
       scales += chunk_blocks<kind> * 8;
     }
     commit_copies();
-    go_to(slot + 1 < slots ? slot + 1 : 0);
-  }
-  __device__ uint4 load_codes(int i) const { return load_vector(at + i * stride); }
-  __device__ float2 load_scales(int block) const {
-    if constexpr (!decoder<kind>::scaled) return make_float2(1, 1);
-    return __half22float2(load_half2(scales_at + slot * scale_bytes + block * 32 + threadIdx.x % 32 / 4 * 4));
+    slot = slot == ring ? ring + slot_bytes : ring;
+    static_assert(chunks_ahead == 2, "the ring has two slots");
   }
 };
 
@@ -172,12 +152,13 @@ __device__ void load_if(bool there, uint4 &v, uint32_t address) {
 
 // Unscaled codes times tokens, a block's scale applied to its sum.
 template <weight_kind kind>
-__device__ void multiply_block(float sums[4], const weight_stream<kind> &stream, int block, const uint4 tokens[2],
+__device__ void multiply_block(float sums[4], uint32_t slot, int i, const uint4 tokens[2],
                                const decoder<kind> &decode) {
+  int lane = threadIdx.x % 32;
   uint4 codes[decoder<kind>::vectors];
 #pragma unroll
-  for (int j = 0; j < decoder<kind>::vectors; j++) codes[j] = stream.load_codes(block * decoder<kind>::vectors + j);
-  float2 scale = stream.load_scales(block);
+  for (int j = 0; j < decoder<kind>::vectors; j++)
+    codes[j] = load_vector(slot + i * tile_bytes(kind) + j * 512 + lane * 16);
   uint32_t a[4][4];
 #pragma unroll
   for (int s = 0; s < 4; s++) decode.step(codes, s, a[s]);
@@ -187,6 +168,8 @@ __device__ void multiply_block(float sums[4], const weight_stream<kind> &stream,
     const uint4 &b = tokens[s / 2];
     multiply_add(c, a[s], s % 2 ? b.z : b.x, s % 2 ? b.w : b.y);
   }
+  float2 scale = make_float2(1, 1);
+  if constexpr (decoder<kind>::scaled) scale = __half22float2(load_half2(slot + chunk_bytes + i * 32 + lane / 4 * 4));
   sums[0] += scale.x * c[0];
   sums[1] += scale.x * c[1];
   sums[2] += scale.y * c[2];
@@ -204,8 +187,8 @@ __device__ void write_whole_tile(const few_arguments &args, int tile, const floa
   }
 }
 
-// Of tiles that are not a warp's alone it has at most two parts: the end of one that another warp began, and the beginning
-// or the middle of one that another warp ends.
+// Of tiles that are not a warp's alone it has at most two parts: the end of one that another warp began, and the
+// beginning or the middle of one that another warp ends.
 enum tile_part : int { tile_end, tile_beginning };
 
 __device__ float *part_of(uint8_t *shared, const few_arguments &args, int warp, tile_part part) {  // [tokens, 16]
@@ -233,18 +216,9 @@ __device__ void write_shared_tiles(uint8_t *shared, const few_arguments &args, c
   }
 }
 
-__device__ void wait_for_oldest(int slots) {
-  if (slots == 4)
-    wait_for_copies<3>();
-  else if (slots == 3)
-    wait_for_copies<2>();
-  else
-    wait_for_copies<1>();
-}
-
 template <weight_kind kind>
-__device__ void multiply_run(uint8_t *shared, const few_arguments &args, const division &by, weight_stream<kind> &stream,
-                             float unit) {
+__device__ void multiply_run(uint8_t *shared, const few_arguments &args, const division &by,
+                             weight_stream<kind> &stream, float unit) {
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, token = lane / 4;
   int block = by.first_of(warp), end = by.first_of(warp + 1), cols = int(args.w.col_blocks);
   int tile = block / cols, col = block % cols;
@@ -254,16 +228,15 @@ __device__ void multiply_run(uint8_t *shared, const few_arguments &args, const d
   decoder<kind> decode = {shared_address(shared) - shared_start + lane * 4};
   uint4 b[2] = {};
   float sums[4] = {0, 0, 0, 0};
-  uint64_t policy = evict_first_policy();
   while (block < end) {
-    wait_for_oldest(args.plan.slots);
+    wait_for_copies<chunks_ahead - 1>();
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < chunk_blocks<kind>; i++) {
       if (block + i >= end) break;
       load_if(there, b[0], tokens);
       load_if(there, b[1], tokens ^ 64);
-      multiply_block<kind>(sums, stream, i, b, decode);
+      multiply_block<kind>(sums, stream.slot, i, b, decode);
       tokens += block_stride;
       if (++col < cols) continue;
       if (whole)
@@ -275,21 +248,20 @@ __device__ void multiply_run(uint8_t *shared, const few_arguments &args, const d
     }
     block += chunk_blocks<kind>;
     __syncwarp();
-    stream.fetch(args.plan.slots, policy);
+    stream.fetch();
   }
   if (col > 0) leave_part(part_of(shared, args, warp, tile_beginning), args, sums);
 }
 
 template <weight_kind kind>
-__global__ void __launch_bounds__(warps_at_most * 32, kind == weight_kind::bf16 ? 1 : blocks_beside)
-    product_few(const __grid_constant__ few_arguments args) {
+__global__ void __launch_bounds__(warps_at_most * 32, 1) product_few(const __grid_constant__ few_arguments args) {
   extern __shared__ __align__(1024) uint8_t shared[];
   let_next_kernel_start();
   division by(args);
   int warp = threadIdx.x / 32, first = by.first_of(warp);
   weight_stream<kind> stream(args, int64_t(by.first_tile) * args.w.col_blocks + first, by.first_of(warp + 1) - first,
-                             shared_address(shared));
-  for (int i = 0; i < args.plan.slots; i++) stream.fetch(args.plan.slots, evict_first_policy());
+                             shared_address(shared + args.plan.weights) + warp * chunks_ahead * slot_bytes);
+  for (int i = 0; i < chunks_ahead; i++) stream.fetch();
   if constexpr (kind == weight_kind::nf4) fill_pair_table(shared, args.codebook, blockDim.x);
   float unit = decoder<kind>::scaled ? *args.w.unit : 1.f;
   wait_for_kernel_before();
@@ -302,52 +274,37 @@ __global__ void __launch_bounds__(warps_at_most * 32, kind == weight_kind::bf16 
 
 // ---- launching ----
 
-template <weight_kind kind>
-shared_plan lay_out(const packed_matrix &w, int tokens, int slots) {
-  constexpr int vectors = weight_stream<kind>::vectors, table = warps_at_most * slots_in_table * vectors * 1024;
-  static_assert(kind != weight_kind::nf4 || table == pair_table_bytes, "two slots of every warp in the table");
+shared_plan plan_shared(const packed_matrix &w, int tokens, int warps) {
   shared_plan plan;
-  plan.slots = slots;
-  plan.codes = table;
-  plan.scales = plan.codes + warps_at_most * (slots - slots_in_table) * chunk_bytes<kind>;
-  plan.sums = plan.scales + warps_at_most * slots * weight_stream<kind>::scale_bytes;
-  plan.tokens = plan.sums + warps_at_most * 2 * tokens * tile_rows * int(sizeof(float));
+  plan.weights = w.kind == weight_kind::nf4 ? pair_table_bytes : 0;
+  plan.sums = plan.weights + warps * chunks_ahead * slot_bytes;
+  plan.tokens = plan.sums + warps * 2 * tokens * tile_rows * int(sizeof(float));
   plan.bytes = int(plan.tokens + w.col_blocks * tokens * 128);
   return plan;
 }
 
-shared_plan lay_out(const packed_matrix &w, int tokens, int slots) {
-  switch (w.kind) {
-    case weight_kind::nf4: return lay_out<weight_kind::nf4>(w, tokens, slots);
-    case weight_kind::int8: return lay_out<weight_kind::int8>(w, tokens, slots);
-    default: return lay_out<weight_kind::bf16>(w, tokens, slots);
-  }
-}
-
-// Three chunks of a warp on their way are enough, and worth less than room for the next product beside this one.
-shared_plan plan_shared(const product_context &context, const packed_matrix &w, int tokens) {
-  int half = (context.shared_bytes + shared_start) / 2 - shared_start;
-  for (int slots = slots_at_most; slots > slots_in_table; slots--)
-    if (lay_out(w, tokens, slots).bytes <= half) return lay_out(w, tokens, slots);
-  for (int slots = slots_at_most; slots > slots_in_table; slots--)
-    if (lay_out(w, tokens, slots).bytes <= context.shared_bytes) return lay_out(w, tokens, slots);
-  return lay_out(w, tokens, slots_in_table);
+// As many warps as there is shared memory for; 0 when there is not enough for a few.
+int warps_for(const product_context &context, const packed_matrix &w, int tokens) {
+  int warps = warps_at_most;
+  while (warps >= warps_at_least && plan_shared(w, tokens, warps).bytes > context.shared_bytes) warps--;
+  return warps >= warps_at_least ? warps : 0;
 }
 
 template <weight_kind kind>
 cudaError_t launch_kind(const product_call &call) {
-  shared_plan plan = plan_shared(*call.context, call.w, call.tokens);
+  int warps = warps_for(*call.context, call.w, call.tokens);
+  shared_plan plan = plan_shared(call.w, call.tokens, warps);
   few_arguments args = {call.w, call.x, call.x_stride, call.tokens, call.out, call.context->codebook, plan};
   int64_t blocks = call.context->multiprocessors;
   if (blocks > call.w.row_tiles) blocks = call.w.row_tiles;
-  return launch(call, product_few<kind>, dim3(unsigned(blocks)), dim3(warps_at_most * 32), size_t(plan.bytes), args);
+  return launch(call, product_few<kind>, dim3(unsigned(blocks)), dim3(warps * 32), size_t(plan.bytes), args);
 }
 
 }  // namespace
 
 int few_tokens_at_once(const product_context &context, const packed_matrix &w) {
   int tokens = few_tokens;
-  while (tokens > 0 && plan_shared(context, w, tokens).bytes > context.shared_bytes) tokens--;
+  while (tokens > 0 && !warps_for(context, w, tokens)) tokens--;
   return tokens;
 }
 

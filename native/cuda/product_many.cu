@@ -1,17 +1,28 @@
 // Products for 9 tokens and more on Hopper (sm_90a).
 //
-// The matrix is cut into tiles of rows by tokens, the tiles into chunks of columns, and the chunks are dealt out evenly
-// to clusters of two blocks of threads ("stream-K"): each works through a run of chunks that may begin and end inside tiles.
-// The blocks of a cluster have neighbouring tiles of rows and do the same chunks, so that each fetches half of the tokens for
-// both. In a block one warp fetches tokens, far ahead. Warpgroups copy their own weights to shared memory, decode them into
-// registers, scaled, and multiply while they decode the next ones. Where tokens are few and decoding is the work, two
-// teams of warpgroups take turns at the blocks of columns and add their sums at the end.
+// The matrix is cut into tiles of rows by tokens, the tiles into chunks of columns, and the chunks are dealt out
+// evenly to clusters of two blocks of threads ("stream-K"): each works through a run of chunks that may begin and
+// end inside tiles. The blocks of a cluster have neighbouring tiles of rows and do the same chunks, so that each
+// fetches half of the tokens for both. In a block one warp fetches tokens, far ahead. Warpgroups copy their own
+// weights to shared memory, decode them into registers, scaled, and multiply while they decode the next ones. Where
+// tokens are few and decoding is the work, two teams of warpgroups take turns at the blocks of columns and add
+// their sums at the end.
 //
-// A tile that several clusters share is summed by the one that has its end, in a fixed order. Runs are worked through from
-// the end, tile by tile, so that the others, which do their part first, are done by then; and they have lower numbers, so
-// that they are never waiting for a place to run.
+// A tile that several clusters share is summed by the one that has its end, in a fixed order. Runs are worked
+// through from the end, tile by tile, so that the others, which do their part first, are done by then; and they
+// have lower numbers, so that they are never waiting for a place to run.
 #include "hopper.cuh"
 #include "launch.cuh"
+
+// Other architectures get kernels without a body: some have no clusters, and what describes tiles is not used.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define IN_CLUSTERS
+#else
+#define IN_CLUSTERS __cluster_dims__(cluster_blocks)
+#endif
+#ifndef __CUDA_ARCH_FEAT_SM90_ALL
+#pragma nv_diag_suppress 177
+#endif
 
 namespace adaptrt {
 namespace {
@@ -129,8 +140,8 @@ __device__ void fetch_tokens(const many_arguments &args, const CUtensorMap &x, s
   });
 }
 
-// The weights of a warp on their way through its ring in shared memory, chunk after chunk of all its segments. A lane copies
-// just the codes that it will read.
+// The weights of a warp on their way through its ring in shared memory, chunk after chunk of all its segments. A
+// lane copies just the codes that it will read.
 template <weight_kind kind, typename s>
 struct weight_stream {
   static constexpr int vectors = decoder<kind>::vectors, team_blocks = chunk_blocks<kind> / s::teams;
@@ -200,7 +211,7 @@ struct weight_stream {
 // ---- multiplying ----
 
 // Barriers of warps: 0 is __syncthreads.
-enum : int { team_barrier = 1, sums_left, sums_taken };
+enum : int { team_barrier = 1, multipliers_barrier, sums_left, sums_taken };
 
 template <int threads>
 __device__ void wait_with(int barrier) {
@@ -224,8 +235,8 @@ __device__ inline void await(uint32_t *flag) {
 template <weight_kind kind, typename s>
 struct multiplier {
   static constexpr int n = s::n, halves = s::halves;
-  // Of a chunk, by a team: so many tiles of a warp. One product is in flight while the next tile is decoded into the
-  // other registers, which takes turns over chunks only if their number is even.
+  // Of a chunk, by a team: so many tiles of a warp. One product is in flight while the next tile is decoded into
+  // the other registers, which takes turns over chunks only if their number is even.
   static constexpr int team_blocks = weight_stream<kind, s>::team_blocks;
   static constexpr int in_flight = team_blocks * halves % 2 == 0 ? 1 : 0;
 
@@ -311,7 +322,8 @@ struct multiplier {
     return true;
   }
 
-  // Register i of a half belongs to row 16 tile + g + 8 (i / 2 % 2) and token 8 (i / 4) + 2 t + i % 2 of lane 4g + t.
+  // Register i of a half belongs to row 16 tile + g + 8 (i / 2 % 2) and token 8 (i / 4) + 2 t + i % 2 of lane 4g +
+  // t.
   template <typename store>
   __device__ void for_each_sum(int64_t tile, store store_sum) {
     int64_t first_row = row_tile_of(args, tile, s::row_tiles) * tile_rows + threadIdx.x % 32 / 4;
@@ -412,25 +424,24 @@ template <weight_kind kind, typename s>
 __device__ void multiply_many(const many_arguments &args, const CUtensorMap &x, uint8_t *shared) {
   stage_barriers &barriers = *reinterpret_cast<stage_barriers *>(shared + s::barriers_at);
   let_next_kernel_start();
-  int team = threadIdx.x / team_threads, warp = threadIdx.x % team_threads / 32;
-  bool multiplies = threadIdx.x < s::multiplying_threads;
-  weight_stream<kind, s> weights(args, shared, team);
-  for (int h = 0; h < s::halves; h++) weights.row_tile[h] = (warp / 4 * s::halves + h) * 4 + warp % 4;
-  for (int i = 0; multiplies && i < s::chunks_ahead; i++) weights.fetch();
-  if constexpr (kind == weight_kind::nf4) fill_pair_table(shared, args.codebook, s::threads);
   if (threadIdx.x < stages_at_most) {
     init_barrier(&barriers.tokens_full[threadIdx.x], 1);
     init_barrier(&barriers.tokens_empty[threadIdx.x], 2 * cluster_blocks);  // the warpgroups of a team
     publish_barriers();
   }
-  __syncthreads();
   wait_for_cluster();
-  if (!multiplies) {
+  if (threadIdx.x >= s::multiplying_threads) {
     limit_registers<s::copying_registers>();
     if (threadIdx.x / 32 == s::multiplying_threads / 32)
       fetch_tokens<kind, s>(args, x, barriers, shared + s::tokens_at);
   } else {
     take_registers<s::multiplying_registers>();
+    int team = threadIdx.x / team_threads, warp = threadIdx.x % team_threads / 32;
+    weight_stream<kind, s> weights(args, shared, team);
+    for (int h = 0; h < s::halves; h++) weights.row_tile[h] = (warp / 4 * s::halves + h) * 4 + warp % 4;
+    for (int i = 0; i < s::chunks_ahead; i++) weights.fetch();
+    if constexpr (kind == weight_kind::nf4) fill_pair_table(shared, args.codebook, s::multiplying_threads);
+    wait_with<s::multiplying_threads>(multipliers_barrier);
     decoder<kind> decode = {shared_address(shared) - shared_start + threadIdx.x % 32 * 4};
     multiplier<kind, s> m = {args, shared, barriers, team, decode, weights};
     m.run();
@@ -440,11 +451,13 @@ __device__ void multiply_many(const many_arguments &args, const CUtensorMap &x, 
 #endif
 
 template <weight_kind kind, typename s>
-__global__ void __cluster_dims__(cluster_blocks) __launch_bounds__(s::threads, 1)
+__global__ void IN_CLUSTERS __launch_bounds__(s::threads, 1)
     product_many(const __grid_constant__ many_arguments args, const __grid_constant__ CUtensorMap x) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) uint8_t shared[];
   multiply_many<kind, s>(args, x, shared);
+#else
+  __trap();  // built for no sm_90a: better a fault than no result
 #endif
 }
 
@@ -467,7 +480,11 @@ cudaError_t launch_shape(const product_call &call) {
   CUtensorMap x;
   cudaError_t status = describe_tokens(call, s::n / cluster_blocks, &x);
   if (status != cudaSuccess) return status;
-  many_arguments args = {call.w, call.tokens, call.out, call.context->codebook};
+  many_arguments args = {};
+  args.w = call.w;
+  args.tokens = call.tokens;
+  args.out = call.out;
+  args.codebook = call.context->codebook;
   args.chunks = int(call.w.col_blocks / chunk_blocks<kind>);
   args.token_tiles = int(ceil_div(call.tokens, s::n));
   args.all_chunks = ceil_div(call.w.rows, s::rows * cluster_blocks) * args.token_tiles * args.chunks;

@@ -1,8 +1,8 @@
 // The order of weights inside a packed tile of 16 rows by 64 columns (product.cuh).
 //
 // A tensor core takes 16 rows by 16 columns at a step; lane 4g + t then holds four registers of two neighbouring
-// columns each: row g and g + 8 of columns 2t and 2t + 1, and the same of columns 2t + 8 and 2t + 9. A tile is four such
-// steps. Its bytes are ordered so that a lane reads 16 of them at once and finds its registers in order.
+// columns each: row g and g + 8 of columns 2t and 2t + 1, and the same of columns 2t + 8 and 2t + 9. A tile is four
+// such steps. Its bytes are ordered so that a lane reads 16 of them at once and finds its registers in order.
 #ifndef ADAPTRT_CUDA_TILE_CUH
 #define ADAPTRT_CUDA_TILE_CUH
 #include "product.cuh"
