@@ -48,9 +48,10 @@ void product_destroy(product_context *context) {
 enum class way { few, many, dense };
 
 static way choose(const product_context &context, const packed_matrix &w, int tokens) {
-  int dense_from = context.hopper ? 1024 : 64;
+  int dense_from = context.hopper ? 1024 : 64, at_once = few_tokens_at_once(context, w);
+  if (at_once == 0 && !context.hopper) dense_from = 1;  // rows too long for the shared memory of a small GPU
   if (tokens >= dense_from && can_multiply_dense(context, w)) return way::dense;
-  return context.hopper && tokens > few_tokens_at_once(context, w) ? way::many : way::few;
+  return context.hopper && tokens > at_once ? way::many : way::few;
 }
 
 size_t product_workspace_bytes(const product_context *context, const packed_matrix &w, int max_tokens) {

@@ -10,7 +10,7 @@
 namespace adaptrt {
 namespace {
 
-constexpr int warps_at_most = 16, warps_at_least = 8;
+constexpr int warps_at_most = 16, warps_enough = 8;
 constexpr int chunk_bytes = 2048, scale_bytes = 128;  // codes copied at a time, and room for their scales
 constexpr int slot_bytes = chunk_bytes + scale_bytes;
 constexpr int chunks_ahead = 2;
@@ -283,11 +283,11 @@ shared_plan plan_shared(const packed_matrix &w, int tokens, int warps) {
   return plan;
 }
 
-// As many warps as there is shared memory for; 0 when there is not enough for a few.
+// As many warps as there is shared memory for, or 0.
 int warps_for(const product_context &context, const packed_matrix &w, int tokens) {
   int warps = warps_at_most;
-  while (warps >= warps_at_least && plan_shared(w, tokens, warps).bytes > context.shared_bytes) warps--;
-  return warps >= warps_at_least ? warps : 0;
+  while (warps > 0 && plan_shared(w, tokens, warps).bytes > context.shared_bytes) warps--;
+  return warps;
 }
 
 template <weight_kind kind>
@@ -302,10 +302,11 @@ cudaError_t launch_kind(const product_call &call) {
 
 }  // namespace
 
+// So many that enough warps have room beside them, or one with any warps, or none.
 int few_tokens_at_once(const product_context &context, const packed_matrix &w) {
   int tokens = few_tokens;
-  while (tokens > 0 && !warps_for(context, w, tokens)) tokens--;
-  return tokens;
+  while (tokens > 1 && warps_for(context, w, tokens) < warps_enough) tokens--;
+  return warps_for(context, w, tokens) > 0 ? tokens : 0;
 }
 
 cudaError_t prepare_few(const product_context &context) {
