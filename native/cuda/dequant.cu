@@ -1,7 +1,7 @@
 // Packing: a tensor's bytes as in the file -> tiles; and back from tiles to values.
 #include <math.h>
 
-#include "../cpu/quant_tables.h"
+#include "quant_tables.h"
 #include "launch.cuh"
 
 namespace adaptrt {

@@ -1,7 +1,7 @@
 // Which kernel multiplies.
 #include <new>
 
-#include "../cpu/quant_tables.h"
+#include "quant_tables.h"
 #include "launch.cuh"
 
 namespace adaptrt {
