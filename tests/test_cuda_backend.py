@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from helpers.programs import (
 from adaptrt.adapters.normal import Kronecker, Lowered, LoweredAdapter, LowRank, Sparse
 from adaptrt.backends.base import LoadOptions
 from adaptrt.backends.cuda import CudaBackend
-from adaptrt.backends.native import ProgramStructs
+from adaptrt.backends.native import ProgramStructs, native_module, open_table
 from adaptrt.backends.reference import ReferenceBackend
 from adaptrt.errors import BackendError
 from adaptrt.program import Add, Attention, Gated, Linear, Norm, Rope, Scale
@@ -391,7 +392,6 @@ def test_what_is_not_offered_is_refused_in_one_line() -> None:
         ({"precision": "exact"}, "precision exact"),
         ({"kv_dtype": "f32"}, "KV in f32"),
         ({"device": "99"}, "device 99"),
-        ({"device": "x"}, "device 'x'"),
     ):
         with pytest.raises(BackendError, match=message) as caught:
             load(model, **options)
@@ -439,3 +439,22 @@ def test_hostile_programs_batches_and_adapters_are_refused() -> None:
             executable.attach({"0.k": lowered})
     with pytest.raises(BackendError, match="no adapter with handle 3"):
         executable.detach(3)
+
+
+def test_a_library_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
+    module = native_module("cuda")
+    broken = tmp_path / "_cuda.so"
+    broken.write_bytes(b"no library")
+    for path in (broken, Path(module.__file__)):  # the second one is sound, but has no such symbol
+        with pytest.raises(BackendError, match=r"backend cuda: .* cannot be loaded") as caught:
+            open_table(module, path, "adrt_cuda_backend", "cuda")
+        assert "\n" not in str(caught.value)
+
+
+def test_a_device_that_is_no_number_is_refused() -> None:
+    with pytest.raises(BackendError, match="device 'x', expected the number of a GPU"):
+        load(linear_model(3, 8, "f32"), device="x")
+
+
+def test_the_reason_why_there_is_no_gpu_is_one_line() -> None:
+    assert UNAVAILABLE is None or (UNAVAILABLE and "\n" not in UNAVAILABLE)
