@@ -8,7 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.programs import (
+
+from adaptrt.adapters.normal import Kronecker, Lowered, LoweredAdapter, LowRank, Sparse
+from adaptrt.backends.base import LoadOptions
+from adaptrt.backends.cuda import CudaBackend
+from adaptrt.backends.native import ProgramStructs, native_module, open_table
+from adaptrt.backends.reference import ReferenceBackend
+from adaptrt.errors import BackendError
+from adaptrt.program import Add, Attention, Gated, Linear, Norm, Rope, Scale
+from adaptrt.quant.plain import from_float32
+from adaptrt.testing.programs import (
     VOCABULARY,
     Model,
     Pages,
@@ -23,15 +32,6 @@ from helpers.programs import (
     run_tokens,
     weight,
 )
-
-from adaptrt.adapters.normal import Kronecker, Lowered, LoweredAdapter, LowRank, Sparse
-from adaptrt.backends.base import LoadOptions
-from adaptrt.backends.cuda import CudaBackend
-from adaptrt.backends.native import ProgramStructs, native_module, open_table
-from adaptrt.backends.reference import ReferenceBackend
-from adaptrt.errors import BackendError
-from adaptrt.program import Add, Attention, Gated, Linear, Norm, Rope, Scale
-from adaptrt.quant.plain import from_float32
 
 UNAVAILABLE = CudaBackend().unavailable()
 needs_gpu = pytest.mark.skipif(UNAVAILABLE is not None, reason=f"needs a GPU: {UNAVAILABLE}")
