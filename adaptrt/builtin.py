@@ -23,11 +23,12 @@ def adaptrt_variants() -> list[Variant]:
 
 @hookimpl
 def adaptrt_backends() -> list[Backend]:
-    """The native CPU backend, and the numpy reference it is tested against."""
+    """The native CPU and CUDA backends, and the numpy reference they are tested against."""
     from adaptrt.backends.cpu import CpuBackend
+    from adaptrt.backends.cuda import CudaBackend
     from adaptrt.backends.reference import ReferenceBackend
 
-    return [CpuBackend(), ReferenceBackend()]
+    return [CpuBackend(), CudaBackend(), ReferenceBackend()]
 
 
 @hookimpl

@@ -182,7 +182,7 @@ def test_plugins_lists_what_is_installed() -> None:
     (builtin,) = [plugin for plugin in json.loads(outcome.out)["plugins"] if plugin["name"] == "builtin"]
     assert builtin["error"] is None
     assert builtin["provides"]["variants"] == ["lora"]
-    assert "variants lora; backends cpu, reference; architectures llama" in adaptrt_cli("plugins").out
+    assert "variants lora; backends cpu, cuda, reference; architectures llama" in adaptrt_cli("plugins").out
 
 
 def prompts(tmp_path: Path, *lines: object) -> Path:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from importlib import import_module
-from typing import Any
 
 from adaptrt.backends.base import LoadOptions
-from adaptrt.backends.native import Calls, NativeExecutable
+from adaptrt.backends.native import Calls, NativeExecutable, native_module
 from adaptrt.errors import BackendError
 from adaptrt.program import Program
 from adaptrt.tensor import Tensor
@@ -23,19 +21,12 @@ def available_cores() -> int:
 
 def read_bandwidth(n_bytes: int, threads: int, repeats: int = 3) -> float:
     """Bytes a second that `threads` threads read from `n_bytes` of memory, best of `repeats`."""
-    return float(_native().lib.adrt_read_bandwidth(n_bytes, threads, repeats))
+    return float(native_module("cpu").lib.adrt_read_bandwidth(n_bytes, threads, repeats))
 
 
 def int8_peak(threads: int) -> float:
     """Int8 operations a second of `threads` threads with everything in registers; 0 where no probe exists."""
-    return float(_native().lib.adrt_int8_peak(threads))
-
-
-def _native() -> Any:
-    try:
-        return import_module("adaptrt.backends._native")
-    except ImportError as error:
-        raise BackendError(f"backend cpu: the compiled module is missing or broken ({error})") from error
+    return float(native_module("cpu").lib.adrt_int8_peak(threads))
 
 
 class CpuBackend:
@@ -63,5 +54,5 @@ class CpuBackend:
         )
 
     def _calls(self) -> Calls:
-        native = _native()
+        native = native_module(self.name)
         return Calls(native, native.lib.adrt_cpu_backend(), self.name)

@@ -5,7 +5,10 @@ A backend module supplies the table (`adrt_backend *`) and its name; the rest, f
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable, Mapping
+from importlib import import_module
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,6 +31,27 @@ class Library(Protocol):
 
     ffi: Any
     lib: Any
+
+
+def native_module(name: str) -> Any:
+    """The compiled cffi module, which binds the header for every backend. Raises BackendError when it is broken."""
+    try:
+        return import_module("adaptrt.backends._native")
+    except ImportError as error:
+        raise BackendError(f"backend {name}: the compiled module is missing or broken ({error})") from error
+
+
+def open_table(library: Library, path: Path, symbol: str, name: str) -> Any:
+    """The table of a backend in a shared library of its own. Raises BackendError when it cannot be loaded.
+
+    cffi's API mode binds only what is linked into the module, so the one symbol is looked up here.
+    """
+    try:
+        function = getattr(ctypes.CDLL(str(path)), symbol)
+    except (OSError, AttributeError) as error:
+        raise BackendError(f"backend {name}: {path.name} cannot be loaded ({error})") from error
+    function.restype = ctypes.c_void_p
+    return library.ffi.cast("const adrt_backend *", function() or 0)
 
 
 def check_table(library: Library, table: Any, name: str) -> None:
@@ -189,6 +213,7 @@ class NativeExecutable:
         tensors: Mapping[str, Tensor],
         options: LoadOptions,
         threads: int,
+        device: int = 0,
     ) -> None:
         self._calls, self._ffi = calls, calls.ffi
         self._loaded = ProgramStructs(calls, program, tensors)
@@ -201,6 +226,7 @@ class NativeExecutable:
             "kv_dtype": calls.constant(options.kv_dtype.upper()),
             "page_tokens": options.page_tokens,
             "isa": calls.constant("ISA_" + options.isa.upper()),
+            "device": device,
         }
         rows = self._loaded.points[program.targets[-1]].out
         if rows != program.vocab_size:

@@ -206,8 +206,6 @@ bool buffer_reserve(buffer *b, int64_t count, int64_t size);
 /* The same, keeping what is there. */
 bool buffer_grow(buffer *b, int64_t count, int64_t size);
 
-int cpu_validate_program(const adrt_program *program, adrt_error *error);
-int cpu_validate_batch(const adrt_executable *e, const adrt_batch *batch, adrt_error *error);
 int cpu_plan(adrt_executable *e, const adrt_batch *batch, adrt_error *error);
 
 int cpu_load(const adrt_program *program, const adrt_options *options, adrt_executable **out,
@@ -256,12 +254,6 @@ void cpu_embed(adrt_executable *e, const instruction *in, int64_t token, float *
 void cpu_norm(adrt_executable *e, const instruction *in, int64_t token);
 void cpu_rope(adrt_executable *e, const instruction *in, int64_t token);
 void cpu_fill_rope_tables(adrt_executable *e);
-
-static inline bool is_product(int32_t kind) { return kind == ADRT_LINEAR || kind == ADRT_LOGITS; }
-
-static inline bool is_product_or_embed(int32_t kind) { return is_product(kind) || kind == ADRT_EMBED; }
-
-static inline bool is_attach_point(int32_t kind) { return is_product_or_embed(kind) || kind == ADRT_NORM; }
 
 static inline int64_t tokens_of(const adrt_executable *e, const instruction *in) {
   return in->op.kind == ADRT_LOGITS || in->op.kind == GATHER ? e->plan.batch->n_logits

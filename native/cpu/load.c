@@ -5,7 +5,7 @@
 
 #include "executable.h"
 
-enum { MAX_THREADS = 1024, MAX_PAGE_TOKENS = 1 << 16, ITEM_BYTES = 64 * 1024 };
+enum { ITEM_BYTES = 64 * 1024 };
 
 /* Floats: a tile of tokens reads the same columns of each, which must not meet in the same sets of the cache. */
 enum { CACHE_WAY = 1024, STAGGER = 128 };
@@ -27,22 +27,6 @@ bool buffer_grow(buffer *b, int64_t count, int64_t size) {
   cpu_free(b->data);
   *b = bigger;
   return true;
-}
-
-static int check_options(const adrt_options *o, adrt_error *error) {
-  if (o->threads < 1 || o->threads > MAX_THREADS)
-    return cpu_fail(error, ADRT_BAD_ARGUMENT, "%d threads, expected 1 to %d", o->threads, MAX_THREADS);
-  if (o->precision != ADRT_EXACT && o->precision != ADRT_FAST)
-    return cpu_fail(error, ADRT_BAD_ARGUMENT, "unknown precision %d", o->precision);
-  if (o->kv_dtype != ADRT_F16 && o->kv_dtype != ADRT_F32)
-    return cpu_fail(error, ADRT_BAD_ARGUMENT, "KV dtype %d (%s), expected f16 or f32", o->kv_dtype,
-                    cpu_dtype_name(o->kv_dtype));
-  if (o->page_tokens < 1 || o->page_tokens > MAX_PAGE_TOKENS || (o->page_tokens & (o->page_tokens - 1)))
-    return cpu_fail(error, ADRT_BAD_ARGUMENT, "pages of %d tokens, expected a power of two up to %d",
-                    o->page_tokens, MAX_PAGE_TOKENS);
-  if (o->isa < ADRT_ISA_AUTO || o->isa > ADRT_ISA_AVX512_VNNI)
-    return cpu_fail(error, ADRT_BAD_ARGUMENT, "unknown instruction set %d", o->isa);
-  return ADRT_OK;
 }
 
 /* A one-row tensor as float32, NULL when memory is short. */
@@ -236,7 +220,7 @@ int cpu_load(const adrt_program *program, const adrt_options *options, adrt_exec
              adrt_error *error) {
   if (!program || !options || !out) return cpu_fail(error, ADRT_BAD_ARGUMENT, "load: a NULL argument");
   *out = NULL;
-  int code = check_options(options, error);
+  int code = cpu_validate_options(options, error);
   if (code == ADRT_OK) code = cpu_validate_program(program, error);
   if (code != ADRT_OK) return code;
   const kernels *k = cpu_choose_kernels(options->isa);

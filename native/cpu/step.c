@@ -88,12 +88,28 @@ static void walk_waves(void *executable, int32_t thread) {
       if (run_phase(e, wave, phase, scratch)) pool_barrier(e->pool);
 }
 
+/* Rows of the smallest embedding. */
+static int64_t vocabulary(const adrt_executable *e) {
+  int64_t least = INT64_MAX;
+  for (int32_t i = 0; i < e->n_instructions; i++) {
+    const instruction *in = &e->instructions[i];
+    if (in->op.kind == ADRT_EMBED && in->weight.rows < least) least = in->weight.rows;
+  }
+  return least;
+}
+
+static bool attached(const void *owner, int32_t handle) {
+  const adrt_executable *e = owner;
+  return handle >= 0 && handle < e->n_adapters && e->adapters[handle];
+}
+
 int cpu_step(adrt_executable *e, const adrt_batch *batch, adrt_error *error) {
   if (!e || !batch) return cpu_fail(error, ADRT_BAD_ARGUMENT, "step: a NULL argument");
   if (!pool_is_ours(e->pool))
     return cpu_fail(error, ADRT_UNAVAILABLE,
                     "step: the model was loaded by the parent of this forked process");
-  int code = cpu_validate_batch(e, batch, error);
+  const batch_limits limits = {vocabulary(e), e->options.page_tokens, e->n_pages, attached, e};
+  int code = cpu_validate_batch(batch, &limits, error);
   if (code == ADRT_OK) code = cpu_plan(e, batch, error);
   if (code != ADRT_OK) return code;
   cpu_fill_rope_tables(e);

@@ -91,6 +91,7 @@ typedef struct {
   int32_t kv_dtype;    /* ADRT_F16 or ADRT_F32 */
   int32_t page_tokens; /* tokens in a KV page, a power of two */
   int32_t isa;         /* adrt_isa; CPU only */
+  int32_t device;      /* which one of several, from 0; 0 on the CPU */
 } adrt_options;
 
 /* The adapter normal form (spec/adapters.md):  y = g_out * [ W R(g_in * x) + sum_k scale_k T_k(x) ] + bias + c

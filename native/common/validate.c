@@ -1,7 +1,9 @@
 /* Every number of a program is checked here, before anything is allocated or read. */
 #include <stdlib.h>
 
-#include "executable.h"
+#include "common.h"
+
+enum { MAX_THREADS = 1024, MAX_PAGE_TOKENS = 1 << 16 };
 
 typedef struct {
   const adrt_program *program;
@@ -196,4 +198,20 @@ int cpu_validate_program(const adrt_program *p, adrt_error *error) {
   free(written);
   free(uses);
   return code;
+}
+
+int cpu_validate_options(const adrt_options *o, adrt_error *error) {
+  if (o->threads < 1 || o->threads > MAX_THREADS)
+    return cpu_fail(error, ADRT_BAD_ARGUMENT, "%d threads, expected 1 to %d", o->threads, MAX_THREADS);
+  if (o->precision != ADRT_EXACT && o->precision != ADRT_FAST)
+    return cpu_fail(error, ADRT_BAD_ARGUMENT, "unknown precision %d", o->precision);
+  if (o->kv_dtype != ADRT_F16 && o->kv_dtype != ADRT_F32)
+    return cpu_fail(error, ADRT_BAD_ARGUMENT, "KV dtype %d (%s), expected f16 or f32", o->kv_dtype,
+                    cpu_dtype_name(o->kv_dtype));
+  if (o->page_tokens < 1 || o->page_tokens > MAX_PAGE_TOKENS || (o->page_tokens & (o->page_tokens - 1)))
+    return cpu_fail(error, ADRT_BAD_ARGUMENT, "pages of %d tokens, expected a power of two up to %d",
+                    o->page_tokens, MAX_PAGE_TOKENS);
+  if (o->isa < ADRT_ISA_AUTO || o->isa > ADRT_ISA_AVX512_VNNI)
+    return cpu_fail(error, ADRT_BAD_ARGUMENT, "unknown instruction set %d", o->isa);
+  return ADRT_OK;
 }

@@ -1,11 +1,16 @@
-/* What every file of the CPU backend shares: errors, checked sizes, aligned memory, matrices. */
-#ifndef CPU_COMMON_H
-#define CPU_COMMON_H
+/* What the native backends share: errors, checked sizes, aligned memory, matrices, and the checks of every number
+ * that comes through the ABI. */
+#ifndef ADAPTRT_COMMON_H
+#define ADAPTRT_COMMON_H
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
 #include "adaptrt.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
 
 enum { BLOCK = 64, NESTED_BLOCK = 256, PANEL = 16, N_DTYPES = 5 };
 
@@ -54,5 +59,41 @@ static inline int64_t cpu_bytes_of(int32_t dtype, int64_t items) {
 
 float cpu_f16_to_f32(uint16_t h);
 uint16_t cpu_f32_to_f16(float f); /* ties to even */
+
+static inline bool is_product(int32_t kind) { return kind == ADRT_LINEAR || kind == ADRT_LOGITS; }
+
+static inline bool is_product_or_embed(int32_t kind) { return is_product(kind) || kind == ADRT_EMBED; }
+
+static inline bool is_attach_point(int32_t kind) { return is_product_or_embed(kind) || kind == ADRT_NORM; }
+
+int cpu_validate_options(const adrt_options *options, adrt_error *error);
+int cpu_validate_program(const adrt_program *program, adrt_error *error);
+
+/* Where an attachment acts: the kind of its operation, and its sizes as the normal form sees them (an embedding maps
+ * its rows to its columns). */
+typedef struct {
+  int32_t kind;
+  int64_t out, inner;
+} attach_point;
+
+/* Every size, index and number of an attachment, but the values of tensors and vectors. */
+int cpu_validate_attachment(const adrt_attachment *a, const attach_point *point, adrt_error *error);
+
+/* What a batch is checked against. */
+typedef struct {
+  int64_t vocabulary; /* token ids are below it */
+  int32_t page_tokens, n_pages;
+  bool (*attached)(const void *owner, int32_t handle);
+  const void *owner;
+} batch_limits;
+
+int cpu_validate_batch(const adrt_batch *batch, const batch_limits *limits, adrt_error *error);
+
+/* Whether two runs of a batch have the same adapter stack. */
+bool cpu_same_stack(const adrt_batch *batch, int32_t run, int32_t other);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

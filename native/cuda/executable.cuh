@@ -1,0 +1,186 @@
+// A loaded program, and the state of its steps.
+//
+// A program is cut into stages at load. A stage is a few launches: one operation, or several that run faster together
+// (stages.cu). A step uploads its plan in one copy (plan.cuh), runs the stages on a stream, as launches or as the graph
+// that was made of them (graph.cuh), and copies the logits back.
+#ifndef ADAPTRT_CUDA_EXECUTABLE_CUH
+#define ADAPTRT_CUDA_EXECUTABLE_CUH
+#include <map>
+#include <memory>
+#include <tuple>
+#include <vector>
+
+#include "adapters.cuh"
+#include "attention.cuh"
+#include "graph.cuh"
+#include "memory.cuh"
+#include "plan.cuh"
+#include "product.cuh"
+
+namespace adaptrt {
+
+// A register's place: columns of a buffer of activations.
+struct view {
+  int buffer = -1;
+  int64_t offset = 0;
+};
+
+// Activations [tokens, width], in the forms that somebody reads. Rows of bfloat16 are filled up with zeros to 64.
+struct activations {
+  int64_t width;
+  bool wants_wide = false, wants_narrow = false;
+  float *wide = nullptr;
+  __nv_bfloat16 *narrow = nullptr;
+  int64_t narrow_stride() const { return cpu_align(width, BLOCK); }
+};
+
+using tensor_key = std::tuple<const void *, int32_t, int64_t, int64_t>;  // data, dtype, rows, cols
+inline tensor_key key_of(const adrt_tensor &t) { return {t.data, t.dtype, t.rows, t.cols}; }
+using factor_key = std::pair<tensor_key, bool>;  // transposed
+
+class stage {
+ public:
+  virtual ~stage() = default;
+  virtual void launch(adrt_executable &e) const = 0;
+  // Hidden values of a token that all its adapters of the step need at most.
+  virtual int64_t hidden_width(const adrt_executable &e) const;
+};
+
+// A tensor of an adapter on the device, shared by all terms that have the same pointer.
+struct shared_factor {
+  factor f;
+  device_memory memory;
+};
+
+// What the host knows of an adapter at an attach point.
+struct host_attachment {
+  bool acts = false, maps_input = false;
+  int64_t width = 0;       // of its hidden values
+  int64_t more_terms = 0;  // beyond the first
+};
+
+struct adapter {
+  device_memory table;    // [n_targets] attachment, then terms
+  device_memory vectors;  // d, e, gains, sparse arrays ...
+  std::vector<std::shared_ptr<shared_factor>> factors;
+  std::vector<host_attachment> targets;
+};
+
+struct rope_table {
+  const float *inverse;  // [half]
+  std::vector<float> values;
+  float factor;
+  float *cos_sin;  // [tokens, 2, half], of the current step
+};
+
+struct kv_layer {
+  int64_t k_offset, v_offset;
+  int32_t dim;
+};
+
+struct device_scope {
+  explicit device_scope(int device) {
+    cudaGetDevice(&before);
+    check(cudaSetDevice(device), "choice of the device");
+  }
+  ~device_scope() { cudaSetDevice(before); }
+  int before = 0;
+};
+
+// The stream, freed with the executable.
+struct device_queues {
+  cudaStream_t main = nullptr;
+  void create();
+  ~device_queues();
+};
+
+struct products {
+  product_context *context = nullptr;
+  ~products() { product_destroy(context); }
+};
+
+}  // namespace adaptrt
+
+struct adrt_executable {
+  adrt_options options;
+  int device = 0;
+  bool hopper = false;
+  int multiprocessors = 0;
+  char description[160] = "";
+  bool faulted = false;  // the device's context is lost
+
+  adaptrt::device_queues queues;
+  adaptrt::products products;
+  std::unique_ptr<adaptrt::uploader> uploader;
+  adaptrt::device_memory stored;  // where tensors arrive before they are packed
+
+  std::vector<adaptrt::device_memory> weights;
+  std::map<adaptrt::tensor_key, adaptrt::packed_matrix> matrices;  // a tied head is loaded once
+  std::vector<std::unique_ptr<adaptrt::stage>> stages;
+  std::vector<adaptrt::activations> buffers;
+  std::vector<attach_point> points;  // by target
+  std::vector<adaptrt::rope_table> rope_tables;
+  int64_t vocabulary = 0, logit_rows = 0;  // token ids are below the one; rows of the head
+  int64_t widest_input = 0;                // of any product
+
+  std::vector<adaptrt::kv_layer> kv_layers;  // by layer number
+  int64_t page_bytes = 0;
+  int32_t n_pages = 0;
+  std::vector<adaptrt::device_memory> page_slabs;
+  std::vector<uint8_t *> page_addresses;
+  adaptrt::device_memory page_table;  // page_addresses on the device
+
+  std::vector<std::unique_ptr<adaptrt::adapter>> adapters;  // by handle, empty when detached
+  std::map<adaptrt::factor_key, std::weak_ptr<adaptrt::shared_factor>> factors;
+
+  int32_t token_room = 0;             // tokens that the activations hold
+  adaptrt::device_memory activation_memory;
+  __nv_bfloat16 *mapped = nullptr;    // [tokens, widest input filled up]: what W sees where an adapter maps its input
+  float *map_scratch = nullptr;       // [tokens, 2, widest input]
+  __half *queries = nullptr;          // [tokens, heads, dim] of the largest attention
+  __nv_bfloat16 *gathered = nullptr;  // [tokens, width of the head's input]
+  int32_t logit_room = 0;
+  adaptrt::device_memory logits;      // [logit_room, logit_rows] float
+  adaptrt::device_memory mapped_memory, workspace, partial, arrived, hidden;
+  adaptrt::pinned_memory host_logits;
+
+  adaptrt::plan plan;
+  adaptrt::graph_cache graphs;
+
+  int64_t largest_queries = 0;  // halves a token
+  std::vector<adaptrt::attention_shape> attention_shapes;
+  std::vector<adaptrt::packed_matrix> product_weights;  // for the workspace
+  std::vector<adaptrt::host_attachment> acting;         // by target, all adapters of the step together
+  std::vector<int32_t> acting_handles;                  // that `acting` was made of
+  uint64_t acting_hash = 0;
+  uint64_t generation = 0;                              // counts what makes graphs stale: memory that moved
+
+  adaptrt::queue queue() const { return {queues.main, hopper}; }
+  adaptrt::source source_of(const adaptrt::view &v) const;
+  adaptrt::destination destination_of(const adaptrt::view &v) const;
+};
+
+namespace adaptrt {
+
+// load.cu
+adrt_executable *load(const adrt_program &program, const adrt_options &options);
+// stages.cu: the program's operations as stages over `weights`
+void make_stages(adrt_executable &e, const adrt_program &program);
+// weights.cu: tensors as the kernels read them, once a tensor
+packed_matrix load_matrix(adrt_executable &e, const adrt_tensor &tensor);
+const float *load_vector(adrt_executable &e, const adrt_tensor &tensor);
+// Matrices of the same width one above the other, as one and each by itself; false when they do not fit together.
+bool load_together(adrt_executable &e, const std::vector<const adrt_tensor *> &tensors, packed_matrix &all,
+                   std::vector<packed_matrix> &each);
+// room.cu: memory for the step that is planned
+void make_room(adrt_executable &e);
+int splits_of(const adrt_executable &e, const attention_shape &shape, int64_t n_blocks);
+void reserve_pages(adrt_executable &e, int32_t n_pages);
+// attach.cu
+int32_t attach(adrt_executable &e, int32_t n, const adrt_attachment *attachments);
+void detach(adrt_executable &e, int32_t handle);
+// step.cu
+void step(adrt_executable &e, const adrt_batch &batch);
+
+}  // namespace adaptrt
+#endif

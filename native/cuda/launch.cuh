@@ -1,0 +1,69 @@
+// What the launchers of this folder's product kernels share.
+#ifndef ADAPTRT_CUDA_LAUNCH_CUH
+#define ADAPTRT_CUDA_LAUNCH_CUH
+#include <cuda.h>
+
+#include "decode.cuh"
+
+namespace adaptrt {
+
+struct cublas_library;
+
+struct product_context {
+  int device, multiprocessors, shared_bytes;  // shared memory that a block may have
+  bool hopper;                                // wgmma, bulk copies, programmatic dependent launch
+  nf4_values codebook;
+  cublas_library *cublas;                               // or none
+  decltype(&cuTensorMapEncodeTiled) encode_tensor_map;  // of the driver; on Hopper
+};
+
+struct product_call {
+  const product_context *context;
+  packed_matrix w;
+  const __nv_bfloat16 *x;
+  int64_t x_stride;
+  int tokens;
+  product_output out;
+  void *workspace;
+  cudaStream_t stream;
+};
+
+// product_few.cu: up to few_tokens tokens; how many at once depends on their length.
+constexpr int few_tokens = 8;
+int few_tokens_at_once(const product_context &context, const packed_matrix &w);
+cudaError_t launch_few(const product_call &call);
+cudaError_t prepare_few(const product_context &context);
+
+// product_many.cu: any number of tokens, on Hopper.
+cudaError_t launch_many(const product_call &call);
+size_t many_workspace_bytes(const product_context &context);
+
+// product_dense.cu: dequantize, then cuBLAS.
+cublas_library *load_cublas();
+void unload_cublas(cublas_library *cublas);
+bool can_multiply_dense(const product_context &context, const packed_matrix &w);
+size_t dense_workspace_bytes(const packed_matrix &w);
+cudaError_t launch_dense(const product_call &call);
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t align_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Launches a kernel that waits for the one before it by itself (wait_for_kernel_before).
+template <typename... parameters, typename... arguments>
+cudaError_t launch(const product_call &call, void (*kernel)(parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                   const arguments &...args) {
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = call.stream;
+  config.attrs = &overlap;
+  config.numAttrs = call.context->hopper ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+}  // namespace adaptrt
+#endif

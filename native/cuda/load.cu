@@ -1,0 +1,98 @@
+// Load a program: the device, its streams, the weights, the stages.
+#include <stdio.h>
+
+#include <algorithm>
+
+#include "executable.cuh"
+
+namespace adaptrt {
+namespace {
+
+constexpr int oldest_major = 8;
+
+void check_options(const adrt_options &o) {
+  adrt_error error;
+  check(cpu_validate_options(&o, &error), error);
+  if (o.precision != ADRT_FAST)
+    fail(ADRT_UNAVAILABLE, "precision exact is not offered here: products are bfloat16; use fast, or the cpu backend");
+  if (o.kv_dtype != ADRT_F16) fail(ADRT_UNAVAILABLE, "KV in f32 is not offered here, expected f16");
+  int count = 0;
+  check(cudaGetDeviceCount(&count), "no GPU can be used");
+  if (o.device < 0 || o.device >= count) fail(ADRT_BAD_ARGUMENT, "device %d, %d GPUs are there", o.device, count);
+}
+
+void open_device(adrt_executable &e) {
+  cudaDeviceProp properties;
+  check(cudaGetDeviceProperties(&properties, e.device), "reading the GPU's properties");
+  if (properties.major < oldest_major)
+    fail(ADRT_UNAVAILABLE, "%s has compute capability %d.%d, this backend needs %d.0", properties.name, properties.major,
+         properties.minor, oldest_major);
+  e.hopper = properties.major == 9;
+  e.multiprocessors = properties.multiProcessorCount;
+  snprintf(e.description, sizeof e.description, "cuda: %.80s, sm_%d%d, fast", properties.name, properties.major,
+           properties.minor);
+  e.queues.create();
+  check(product_create(e.device, &e.products.context), "making the products' context");
+}
+
+void make_points(adrt_executable &e, const adrt_program &p) {
+  e.points.resize(size_t(p.n_targets));
+  for (int32_t i = 0; i < p.n_ops; i++) {
+    const adrt_op &op = p.ops[i];
+    if (!is_attach_point(op.kind) || op.target < 0) continue;
+    const adrt_tensor &w = p.tensors[op.weight];
+    bool by_columns = op.kind == ADRT_EMBED || op.kind == ADRT_NORM;
+    e.points[size_t(op.target)] = {op.kind, by_columns ? w.cols : w.rows, op.kind == ADRT_EMBED ? w.rows : w.cols};
+  }
+}
+
+size_t largest_tensor(const adrt_program &p) {
+  uint64_t largest = 1 << 20;
+  for (int32_t i = 0; i < p.n_tensors; i++) largest = std::max(largest, p.tensors[i].bytes);
+  return size_t(largest);
+}
+
+}  // namespace
+
+void device_queues::create() {
+  check(cudaStreamCreateWithFlags(&main, cudaStreamNonBlocking), "making a stream");
+}
+
+device_queues::~device_queues() {
+  if (main) cudaStreamDestroy(main);
+}
+
+adrt_executable *load(const adrt_program &program, const adrt_options &options) {
+  adrt_error error;
+  check_options(options);
+  check(cpu_validate_program(&program, &error), error);
+  device_scope scope(options.device);
+  auto e = std::make_unique<adrt_executable>();
+  e->options = options;
+  e->device = options.device;
+  e->vocabulary = INT64_MAX;
+  open_device(*e);
+  make_points(*e, program);
+  size_t largest = largest_tensor(program);
+  e->stored = device_memory(largest, "the largest tensor");
+  e->uploader = std::make_unique<uploader>(largest, e->queues.main);
+  make_stages(*e, program);
+  check(cudaStreamSynchronize(e->queues.main), "loading the weights");
+  e->stored = device_memory();
+  return e.release();
+}
+
+}  // namespace adaptrt
+
+adaptrt::source adrt_executable::source_of(const adaptrt::view &v) const {
+  if (v.buffer < 0) return {nullptr, 0};
+  const adaptrt::activations &a = buffers[size_t(v.buffer)];
+  return {a.wide + v.offset, a.width};
+}
+
+adaptrt::destination adrt_executable::destination_of(const adaptrt::view &v) const {
+  if (v.buffer < 0) return {nullptr, 0, nullptr, 0};
+  const adaptrt::activations &a = buffers[size_t(v.buffer)];
+  return {a.wants_wide ? a.wide + v.offset : nullptr, a.width, a.wants_narrow ? a.narrow + v.offset : nullptr,
+          a.narrow_stride()};
+}

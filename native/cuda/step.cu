@@ -1,0 +1,103 @@
+// One step: check the batch, plan it, upload the plan, run the stages, bring the logits back.
+#include <string.h>
+
+#include <algorithm>
+
+#include "executable.cuh"
+
+namespace adaptrt {
+namespace {
+
+bool attached(const void *owner, int32_t handle) {
+  const adrt_executable &e = *static_cast<const adrt_executable *>(owner);
+  return handle >= 0 && size_t(handle) < e.adapters.size() && e.adapters[size_t(handle)];
+}
+
+void check_batch(const adrt_executable &e, const adrt_batch &batch) {
+  const batch_limits limits = {e.vocabulary, e.options.page_tokens, e.n_pages, attached, &e};
+  adrt_error error;
+  check(cpu_validate_batch(&batch, &limits, &error), error);
+}
+
+// FNV-1a over what launches depend on.
+uint64_t hash_of(const std::vector<host_attachment> &all) {
+  uint64_t hash = 0xcbf29ce484222325u;
+  for (const host_attachment &a : all)
+    for (int64_t v : {int64_t(a.acts), int64_t(a.maps_input), a.width, a.more_terms})
+      hash = (hash ^ uint64_t(v)) * 0x100000001b3u;
+  return hash;
+}
+
+// What the adapters of the batch do at each attach point, all together. Handles are never reused, so an equal list means
+// equal adapters.
+void note_acting(adrt_executable &e, const adrt_batch &b) {
+  std::vector<int32_t> handles(b.stacks, b.stacks + b.stack_start[b.n_runs]);
+  std::sort(handles.begin(), handles.end());
+  handles.erase(std::unique(handles.begin(), handles.end()), handles.end());
+  if (handles == e.acting_handles && e.acting.size() == e.points.size()) return;
+  e.acting.assign(e.points.size(), {});
+  for (int32_t handle : handles)
+    for (size_t i = 0; i < e.acting.size(); i++) {
+      const host_attachment &one = e.adapters[size_t(handle)]->targets[i];
+      host_attachment &all = e.acting[i];
+      all.acts = all.acts || one.acts;
+      all.maps_input = all.maps_input || one.maps_input;
+      all.width = std::max(all.width, one.width);
+      all.more_terms = std::max(all.more_terms, one.more_terms);
+    }
+  e.acting_handles = std::move(handles);
+  e.acting_hash = hash_of(e.acting);
+}
+
+// A step of more tokens is long enough to hide its launches.
+constexpr int32_t most_tokens_of_graph = 256;
+
+graph_key key_of_step(const adrt_executable &e) {
+  const plan &p = e.plan;
+  graph_key key = {p.n_tokens, p.n_logits, p.gathers, p.adapted, int64_t(e.acting_hash)};
+  for (const segment_plan *s : {&p.tokens, &p.logits}) key.push_back(s->single);
+  for (const segment_plan *s : {&p.tokens, &p.logits})
+    for (size_t count : {s->applications.size(), s->tiles.size(), s->shrink_tiles.size()}) key.push_back(int64_t(count));
+  for (const query_plan &q : p.queries) key.push_back(int64_t(q.blocks.size()));
+  for (const attention_shape &shape : e.attention_shapes)
+    for (const query_plan &q : p.queries) key.push_back(splits_of(e, shape, int64_t(q.blocks.size())));
+  return key;
+}
+
+void enqueue(adrt_executable &e) {
+  const plan &p = e.plan;
+  for (const rope_table &t : e.rope_tables)
+    launch_fill_rope(e.queue(), p.device_positions, p.n_tokens, t.inverse, int(t.values.size()), t.factor, t.cos_sin);
+  for (const std::unique_ptr<stage> &s : e.stages) s->launch(e);
+}
+
+void run_stages(adrt_executable &e) {
+  if (e.plan.n_tokens > most_tokens_of_graph)
+    enqueue(e);
+  else
+    e.graphs.run(key_of_step(e), e.generation, e.queues.main, [&] { enqueue(e); });
+}
+
+void fetch_logits(adrt_executable &e, float *logits) {
+  size_t bytes = size_t(e.plan.n_logits) * size_t(e.logit_rows) * sizeof(float);
+  if (bytes)
+    check(cudaMemcpyAsync(e.host_logits.bytes(), e.logits.bytes(), bytes, cudaMemcpyDeviceToHost, e.queues.main),
+          "fetching the logits");
+  check(cudaStreamSynchronize(e.queues.main), "a step");
+  if (bytes) copy_in_threads(reinterpret_cast<uint8_t *>(logits), e.host_logits.bytes(), bytes);
+}
+
+}  // namespace
+
+void step(adrt_executable &e, const adrt_batch &batch) {
+  check_batch(e, batch);
+  if (make_plan(e, batch, e.plan)) e.generation++;
+  note_acting(e, batch);
+  make_room(e);
+  check(cudaMemcpyAsync(e.plan.device.bytes(), e.plan.host.bytes(), e.plan.bytes, cudaMemcpyHostToDevice, e.queues.main),
+        "uploading a step's plan");
+  run_stages(e);
+  fetch_logits(e, batch.logits);
+}
+
+}  // namespace adaptrt
