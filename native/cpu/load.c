@@ -138,9 +138,9 @@ static bool load_weights(adrt_executable *e, const adrt_program *p, const adrt_o
 
 static int place_kv(adrt_executable *e, const adrt_op *op, adrt_error *error) {
   int64_t item = e->options.kv_dtype == ADRT_F16 ? 2 : 4;
-  int64_t tokens = cpu_product(e->options.page_tokens, op->kv_heads, item);
-  int64_t k = cpu_product(tokens, op->head_dim, 1),
-          v = cpu_product(tokens, cpu_align(op->head_dim, PANEL), 1);
+  int64_t heads = cpu_product(op->kv_heads, item, 1), tokens = e->options.page_tokens;
+  int64_t k = cpu_product(heads, cpu_align(tokens, PANEL), op->head_dim);
+  int64_t v = cpu_product(heads, tokens, cpu_align(op->head_dim, PANEL));
   const int64_t limit = (int64_t)1 << 46;
   if (k < 0 || v < 0 || k > limit || v > limit || e->page_bytes > limit)
     return cpu_fail(error, ADRT_BAD_ARGUMENT, "layer %d: a KV page of %d tokens, %d heads of %d is too large",
