@@ -277,6 +277,7 @@ INLINE void add_tile(int form, const unpacked *w, int panels, int tokens, int64_
     }
 #pragma GCC unroll 12
     for (int t = 0; t < tokens; t++) {
+      __asm__("" ::: "memory"); /* or GCC loads all that is scaled at once and spills the sums */
       __m512 scale = _mm512_set1_ps(x.scales[t * x.stride]);
 #pragma GCC unroll 2
       for (int p = 0; p < panels; p++)
