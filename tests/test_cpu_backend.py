@@ -12,7 +12,7 @@ from adaptrt.backends.base import LoadOptions
 from adaptrt.backends.cpu import CpuBackend
 from adaptrt.backends.reference import ReferenceBackend
 from adaptrt.errors import BackendError
-from adaptrt.program import Attention, Gated, Rope
+from adaptrt.program import Attention, Gated, Linear, Rope
 from adaptrt.quant.plain import from_float32
 from adaptrt.testing.programs import (
     DTYPES,
@@ -31,11 +31,13 @@ from adaptrt.testing.programs import (
     random,
     relative_error,
     run_tokens,
+    weight,
 )
 
 ISAS = ("portable", "avx2", "avx512", "avx512_vnni")
 EXACT = 2e-6  # float32 sums of a few hundred products in another order
 FAST = {"nf4": 5e-4, "int8": 5e-4}  # 13-bit activations; the other dtypes have no fast kernel
+BYTES = 1e-2  # what a gated activation reads: bytes times bytes
 OPTIONS = LoadOptions(threads=2, precision="exact", page_tokens=4, kv_dtype="f32")
 
 
@@ -80,6 +82,21 @@ def test_integer_products_of_any_number_of_tokens(rows: int, dtype: str) -> None
         model = linear_model(rows, cols, dtype)
         for n_tokens in (3, 4, 6, 7, 8, 9, 12, 16, 25, 64, 100, 131):
             compare(model, FAST[dtype], n_tokens, isa="avx512_vnni", precision="fast")
+
+
+@pytest.mark.parametrize("rows", [16, 31, 48, 65])
+def test_products_of_bytes(rows: int) -> None:
+    """nf4 weights whose product a gated activation reads: every size of tile, odd rows, chunks cut short."""
+    widths = {"x": 0, "y": rows, "z": rows}
+    for cols in (64, 320, 1088):
+        tensors: dict[str, Any] = {}
+        weight("w", rows, cols, "nf4", tensors, seed=rows)
+        ops = [Linear("y", "x", "w", None, "w"), Gated("y", "z", "y", "silu")]
+        model = probe(ops, "y", widths | {"x": cols}, tensors)
+        for n_tokens in (*range(1, 18), 25, 64, 100, 131):
+            compare(model, BYTES, n_tokens, isa="avx512_vnni", precision="fast")
+        with pytest.raises(AssertionError):  # and it is bytes that were multiplied
+            compare(model, FAST["nf4"], 17, isa="avx512_vnni", precision="fast")
 
 
 def test_long_rows_and_offsets() -> None:
@@ -132,8 +149,9 @@ def test_attention(isa: str, kv_dtype: str, heads: int, kv_heads: int, head_dim:
         ops = [Rope("x", heads, head_dim, "inv", 1.25), Rope("y", kv_heads, head_dim, "inv", 0.5)]
         ops.append(Attention("out", "x", "y", "z", 0, heads, kv_heads, head_dim, head_dim**-0.5, cap))
         model = probe(ops, "out", widths, {}, {"inv": inv})
-        for n_tokens in (1, 4, 21):
-            compare(model, 1e-5 if kv_dtype == "f32" else 1e-3, n_tokens, isa=isa, kv_dtype=kv_dtype)
+        for n_tokens, page_tokens in ((1, 4), (4, 4), (21, 1), (21, 4), (75, 32)):
+            tolerance = 1e-5 if kv_dtype == "f32" else 1e-3
+            compare(model, tolerance, n_tokens, isa=isa, kv_dtype=kv_dtype, page_tokens=page_tokens)
 
 
 def test_rope_at_far_positions_is_as_exact_as_float32_angles_allow() -> None:
@@ -170,7 +188,7 @@ def test_decoder_with_ragged_stacks(isa: str, size: str, dtype: str) -> None:
     stacks = [(), (0,), (1, 0, 2), (1,), (1,)]
     lengths = [1, 6, 3, 9, 2]
     results = {}
-    for name, tolerance in (("reference", 0.0), ("exact", 2e-4), ("fast", 2e-2)):
+    for name, tolerance in (("reference", 0.0), ("exact", 2e-4), ("fast", 3e-2)):  # of the worst token
         executable = reference(model) if name == "reference" else load(model, isa=isa, precision=name)
         handles = [executable.attach(a) for a in adapters]
         pages = Pages(OPTIONS.page_tokens, 32)

@@ -4,6 +4,9 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 int cpu_fail(adrt_error *error, int code, const char *format, ...) {
   if (error) {
@@ -28,11 +31,22 @@ int64_t cpu_product(int64_t a, int64_t b, int64_t c) {
   return a * b * c;
 }
 
+void cpu_prefer_huge_pages(void *memory, uint64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t huge = (uintptr_t)1 << 21;
+  uintptr_t start = ((uintptr_t)memory + huge - 1) & ~(huge - 1), end = ((uintptr_t)memory + bytes) & ~(huge - 1);
+  if (start < end) (void)madvise((void *)start, end - start, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)bytes;
+#endif
+}
+
 void *cpu_calloc(int64_t count, int64_t size) {
   int64_t bytes = cpu_product(count, size, 1);
   if (bytes < 0 || (uint64_t)bytes > SIZE_MAX - 64 - sizeof(void *)) return NULL;
   void *raw = calloc(1, (size_t)bytes + 64 + sizeof(void *));
   if (!raw) return NULL;
+  cpu_prefer_huge_pages(raw, (uint64_t)bytes);
   uintptr_t start = ((uintptr_t)raw + sizeof(void *) + 63) & ~(uintptr_t)63;
   ((void **)start)[-1] = raw; /* what to give back to free() */
   return (void *)start;

@@ -27,6 +27,8 @@ int64_t cpu_product(int64_t a, int64_t b, int64_t c);
 /* Zeroed memory on a 64-byte boundary, or NULL; large zeroed memory is only committed when written. */
 void *cpu_calloc(int64_t count, int64_t size);
 void cpu_free(void *memory);
+/* Have the kernel back memory with pages of 2 MiB where it can: reading 4 KiB pages costs a fifth of the bandwidth. */
+void cpu_prefer_huge_pages(void *memory, uint64_t bytes);
 
 /* A tensor with the parts of its layout resolved (spec/format.md, "Data types"). */
 typedef struct {

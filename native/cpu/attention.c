@@ -1,8 +1,9 @@
 /* Rotary embedding, and attention over the paged KV cache.
  *
- * In a page, a layer's K is [kv_heads][page_tokens][head_dim], so that q k^T is a product with rows of K, and
- * its V is [kv_heads][ceil(head_dim/16)][page_tokens][16], so that adding up p v streams through panels. A
- * query meets the pages one after the other, whatever else is in the batch.
+ * In a page, a layer's K is [kv_heads][ceil(page_tokens/16)][head_dim][16] and its V is
+ * [kv_heads][ceil(head_dim/16)][page_tokens][16], so that q k^T and p v both add up along panels, 16 sums in a
+ * vector. Queries of a run go through the pages together, and each meets them one after the other, whatever else
+ * is in the batch.
  */
 #include <math.h>
 #include <string.h>
@@ -45,74 +46,114 @@ static uint8_t *page_of(const adrt_executable *e, int64_t token, int64_t index) 
   return e->pages[b->pages[b->page_start[e->plan.run_of_token[token]] + index]];
 }
 
-static void store_items(const adrt_executable *e, const float *x, int64_t n, uint8_t *out) {
-  if (e->options.kv_dtype == ADRT_F32) {
-    memcpy(out, x, (size_t)n * sizeof *x);
-    return;
-  }
-  uint16_t *halves = (uint16_t *)(void *)out;
-  for (int64_t i = 0; i < n; i++) halves[i] = cpu_f32_to_f16(x[i]);
+static void store_item(const adrt_executable *e, float x, uint8_t *items, int64_t index) {
+  if (e->options.kv_dtype == ADRT_F32)
+    ((float *)(void *)items)[index] = x;
+  else
+    ((uint16_t *)(void *)items)[index] = cpu_f32_to_f16(x);
 }
 
 static void store(const adrt_executable *e, const instruction *in, int64_t token) {
   const kv_layer *kv = &e->kv_layers[in->op.layer];
-  int64_t page_tokens = e->options.page_tokens, position = e->plan.batch->positions[token], item = kv_item(e);
-  int64_t slot = position % page_tokens, dim = kv->head_dim, panels = items_of(dim, PANEL);
+  int64_t page_tokens = e->options.page_tokens, position = e->plan.batch->positions[token];
+  int64_t slot = position % page_tokens, dim = kv->head_dim;
+  int64_t k_panels = items_of(page_tokens, PANEL), v_panels = items_of(dim, PANEL);
   uint8_t *page = page_of(e, token, position / page_tokens);
   const float *k = row_of(e, in->op.b, token), *v = row_of(e, in->op.c, token);
   for (int64_t head = 0; head < kv->kv_heads; head++, k += dim, v += dim) {
-    store_items(e, k, dim, page + kv->k_offset + (head * page_tokens + slot) * dim * item);
-    for (int64_t p = 0; p < panels; p++) {
-      int64_t left = dim - p * PANEL;
-      store_items(e, v + p * PANEL, left < PANEL ? left : PANEL,
-                  page + kv->v_offset + ((head * panels + p) * page_tokens + slot) * PANEL * item);
+    int64_t k_panel = head * k_panels + slot / PANEL;
+    for (int64_t d = 0; d < dim; d++) {
+      int64_t v_panel = head * v_panels + d / PANEL;
+      store_item(e, k[d], page + kv->k_offset, (k_panel * dim + d) * PANEL + slot % PANEL);
+      store_item(e, v[d], page + kv->v_offset, (v_panel * page_tokens + slot) * PANEL + d % PANEL);
     }
   }
 }
 
-/* All query heads of one KV head for one token. */
-static void attend(const adrt_executable *e, const instruction *in, int64_t token, int64_t head,
-                   float *scratch) {
-  const kv_layer *kv = &e->kv_layers[in->op.layer];
-  const kernels *k = e->kernels;
-  int64_t group = in->op.heads / kv->kv_heads, dim = kv->head_dim, stride = cpu_align(dim, BLOCK);
-  int64_t page_tokens = e->options.page_tokens, context = (int64_t)e->plan.batch->positions[token] + 1;
-  int64_t score_stride = cpu_align(context, PANEL), dtype = e->options.kv_dtype;
-  int64_t k_head = head * page_tokens * dim * kv_item(e);
-  int64_t v_head = head * items_of(dim, PANEL) * page_tokens * PANEL * kv_item(e);
-  float *queries = scratch, *scores = scratch + group * stride;
-  const float *q = row_of(e, in->op.a, token) + head * group * dim;
-  memset(queries, 0, (size_t)(group * stride) * sizeof *queries);
-  for (int64_t h = 0; h < group; h++) memcpy(queries + h * stride, q + h * dim, (size_t)dim * sizeof *q);
-  for (int64_t base = 0; base < context; base += page_tokens) {
-    int64_t count = context - base < page_tokens ? context - base : page_tokens;
-    const uint8_t *page = page_of(e, token, base / page_tokens);
-    const matrix keys = {
-        .dtype = (int32_t)dtype, .rows = page_tokens, .cols = dim, .data = page + kv->k_offset + k_head};
-    k->exact[dtype](&keys, 0, count, queries, stride, group, scores + base, score_stride);
+/* The query heads of one KV head for consecutive tokens of a run, and room for their work: each is a row. */
+typedef struct {
+  const adrt_executable *e;
+  const instruction *in;
+  int64_t token, n_tokens, head, group, dim;
+  int64_t score_stride;
+  float *queries, *scores, *out; /* [n_tokens * group] of dim, score_stride, dim */
+} query_block;
+
+/* Rows of tokens [first, first + n) against positions [from, to): q k^T to scores, or p v onto out. */
+static void meet_pages(const query_block *q, bool values, int64_t first, int64_t n, int64_t from, int64_t to) {
+  const kv_layer *kv = &q->e->kv_layers[q->in->op.layer];
+  int64_t page_tokens = q->e->options.page_tokens, dim = q->dim, row = first * q->group, rows = n * q->group;
+  expand_kernel *expand = q->e->kernels->expand[q->e->options.kv_dtype];
+  int64_t k_items = items_of(page_tokens, PANEL) * dim * PANEL, v_items = items_of(dim, PANEL) * page_tokens * PANEL;
+  for (int64_t base = from; base < to; base += page_tokens) {
+    int64_t count = to - base < page_tokens ? to - base : page_tokens;
+    const uint8_t *page = page_of(q->e, q->token, base / page_tokens);
+    float *scores = q->scores + row * q->score_stride + base;
+    if (values)
+      expand(page + kv->v_offset + q->head * v_items * kv_item(q->e), page_tokens * PANEL, count, dim, scores,
+             q->score_stride, rows, q->out + row * dim, dim);
+    else
+      expand(page + kv->k_offset + q->head * k_items * kv_item(q->e), dim * PANEL, dim, count,
+             q->queries + row * dim, dim, rows, scores, q->score_stride);
   }
-  for (int64_t h = 0; h < group; h++)
-    k->softmax(scores + h * score_stride, context, in->op.value[0], in->op.value[1]);
-  float *out = row_of(e, in->op.out, token) + head * group * dim;
-  memset(out, 0, (size_t)(group * dim) * sizeof *out);
-  for (int64_t base = 0; base < context; base += page_tokens) {
-    int64_t count = context - base < page_tokens ? context - base : page_tokens;
-    const uint8_t *values = page_of(e, token, base / page_tokens) + kv->v_offset + v_head;
-    k->expand[dtype](values, page_tokens * PANEL, count, dim, scores + base, score_stride, group, out, dim);
+}
+
+/* All rows meet the pages that the first token sees whole; then each token the rest that it may see. */
+static void meet_context(const query_block *q, bool values) {
+  int64_t context = (int64_t)q->e->plan.batch->positions[q->token] + 1;
+  int64_t shared = context / q->e->options.page_tokens * q->e->options.page_tokens;
+  meet_pages(q, values, 0, q->n_tokens, 0, shared);
+  for (int64_t t = 0; t < q->n_tokens; t++) meet_pages(q, values, t, 1, shared, context + t);
+}
+
+static void attend(const query_block *q) {
+  const adrt_op *op = &q->in->op;
+  int64_t context = (int64_t)q->e->plan.batch->positions[q->token] + 1, rows = q->n_tokens * q->group;
+  size_t row_bytes = (size_t)q->dim * sizeof(float), group_bytes = (size_t)q->group * row_bytes;
+  int64_t column = q->head * q->group * q->dim;
+  memset(q->scores, 0, (size_t)(rows * q->score_stride) * sizeof(float));
+  memset(q->out, 0, (size_t)rows * row_bytes);
+  for (int64_t t = 0; t < q->n_tokens; t++)
+    memcpy(q->queries + t * q->group * q->dim, row_of(q->e, op->a, q->token + t) + column, group_bytes);
+  meet_context(q, false);
+  for (int64_t r = 0; r < rows; r++)
+    q->e->kernels->softmax(q->scores + r * q->score_stride, context + r / q->group, op->value[0], op->value[1]);
+  meet_context(q, true);
+  for (int64_t t = 0; t < q->n_tokens; t++)
+    memcpy(row_of(q->e, op->out, q->token + t) + column, q->out + t * q->group * q->dim, group_bytes);
+}
+
+static int64_t score_stride(int64_t context) { return cpu_align(context, PANEL) + PANEL; }
+
+int64_t cpu_attention_scratch(const adrt_executable *e, int64_t context) {
+  return TOKENS_PER_ITEM * e->max_group * (2 * e->max_head + score_stride(context));
+}
+
+/* One KV head for the tokens [first, end), which may belong to several runs. */
+static void attend_to_head(const adrt_executable *e, const instruction *in, int64_t first, int64_t end, int64_t head,
+                           float *scratch) {
+  const kv_layer *kv = &e->kv_layers[in->op.layer];
+  const int32_t *run = e->plan.run_of_token, *positions = e->plan.batch->positions;
+  for (int64_t t = first, next; t < end; t = next) {
+    for (next = t + 1; next < end && run[next] == run[t];) next++;
+    int64_t group = in->op.heads / kv->kv_heads, rows = (next - t) * group;
+    float *out = scratch + rows * kv->head_dim;
+    attend(&(query_block){e, in, t, next - t, head, group, kv->head_dim, score_stride(positions[next - 1] + 1),
+                          scratch, out + rows * kv->head_dim, out});
   }
 }
 
 int64_t cpu_attention_items(const adrt_executable *e, const instruction *in, enum phase phase) {
-  int64_t n = e->plan.batch->n_tokens;
-  return phase == PREPARE ? items_of(n, TOKENS_PER_ITEM) : n * in->op.kv_heads;
+  return items_of(e->plan.batch->n_tokens, TOKENS_PER_ITEM) * (phase == PREPARE ? 1 : in->op.kv_heads);
 }
 
 void cpu_attention(adrt_executable *e, const instruction *in, enum phase phase, int64_t item,
                    float *scratch) {
+  int64_t heads = phase == COMPUTE ? in->op.kv_heads : 1, n = e->plan.batch->n_tokens;
+  int64_t first = item / heads * TOKENS_PER_ITEM, end = first + TOKENS_PER_ITEM < n ? first + TOKENS_PER_ITEM : n;
   if (phase == COMPUTE) {
-    attend(e, in, item / in->op.kv_heads, item % in->op.kv_heads, scratch);
+    attend_to_head(e, in, first, end, item % heads, scratch);
     return;
   }
-  int64_t first = item * TOKENS_PER_ITEM, n = e->plan.batch->n_tokens;
-  for (int64_t t = first; t < first + TOKENS_PER_ITEM && t < n; t++) store(e, in, t);
+  for (int64_t t = first; t < end; t++) store(e, in, t);
 }

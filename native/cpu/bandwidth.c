@@ -4,7 +4,7 @@
 #include <string.h>
 #include <time.h>
 
-#include "adaptrt.h"
+#include "common.h"
 
 enum { LANES = 16, MAX_THREADS = 256 };
 
@@ -55,6 +55,7 @@ double adrt_read_bandwidth(uint64_t bytes, int32_t threads, int32_t repeats) {
   if (threads < 1 || threads > MAX_THREADS || bytes > SIZE_MAX || bytes < (uint64_t)threads * 4096) return 0;
   uint64_t *words = malloc((size_t)bytes);
   if (!words) return 0;
+  cpu_prefer_huge_pages(words, bytes); /* as the weights' file is mapped */
   memset(words, 1, (size_t)bytes); /* an untouched page would be read from the one shared zero page */
   size_t share = (size_t)bytes / sizeof *words / (size_t)threads;
   double best = 0;

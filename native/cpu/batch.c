@@ -120,7 +120,7 @@ static int64_t scratch_needed(const adrt_executable *e, const adrt_batch *b) {
   int64_t context = 0, floats = cpu_linear_scratch(e);
   for (int32_t t = 0; t < b->n_tokens; t++)
     if (b->positions[t] >= context) context = (int64_t)b->positions[t] + 1;
-  int64_t attention = e->max_group * (cpu_align(e->max_head, BLOCK) + cpu_align(context, PANEL));
+  int64_t attention = cpu_attention_scratch(e, context);
   return attention > floats ? attention : floats;
 }
 

@@ -123,8 +123,7 @@ typedef struct {
 
 typedef struct {
   int32_t kv_heads, head_dim;
-  int64_t k_offset,
-      v_offset; /* bytes into a page: K [kv_heads][page_tokens][head_dim], V [kv_heads] panels */
+  int64_t k_offset, v_offset; /* bytes into a page: attention.c */
 } kv_layer;
 
 typedef struct {
@@ -250,6 +249,8 @@ void cpu_linear(adrt_executable *e, const instruction *in, enum phase phase, int
 int64_t cpu_attention_items(const adrt_executable *e, const instruction *in, enum phase phase);
 void cpu_attention(adrt_executable *e, const instruction *in, enum phase phase, int64_t item, float *scratch);
 int64_t cpu_linear_scratch(const adrt_executable *e); /* floats */
+/* Floats of scratch that a thread needs for attention to so many positions. */
+int64_t cpu_attention_scratch(const adrt_executable *e, int64_t context);
 void cpu_embed(adrt_executable *e, const instruction *in, int64_t token, float *scratch);
 void cpu_norm(adrt_executable *e, const instruction *in, int64_t token);
 void cpu_rope(adrt_executable *e, const instruction *in, int64_t token);

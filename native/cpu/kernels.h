@@ -11,8 +11,9 @@
 enum layout_of_x {
   X_PLAIN,      /* as they are */
   X_SPLIT,      /* each 32 reordered into 16 even, 16 odd: the order in which nf4 nibbles unpack */
-  X_INTEGER,       /* 16-bit integers and scales: see kernels_vnni.c */
-  X_INTEGER_SPLIT, /* the same, in the order in which nf4 unpacks there */
+  X_WORDS,       /* 16-bit integers and scales: see kernels_vnni.c */
+  X_WORDS_SPLIT, /* the same, in the order in which nf4 unpacks there */
+  X_BYTES_SPLIT, /* 8-bit integers, scales and sums */
 };
 
 /* y[t * y_stride + r] = sum over columns of weight[row0 + r] * x[t * x_stride], r < n_rows, t < n_tokens.
@@ -30,15 +31,16 @@ typedef struct {
   int isa;
   bool (*ready)(void);             /* can this CPU run them? Also fills the tables that they use */
   product_kernel *exact[N_DTYPES]; /* nf4: cols a multiple of 64, X_SPLIT; the others X_PLAIN */
-  product_kernel
-      *fast[N_DTYPES]; /* NULL: use exact; rows >= 16, cols a multiple of 64; X_INTEGER, nf4: X_INTEGER_SPLIT */
+  /* Integer products, NULL where there is none: rows >= 16, cols a multiple of 64. */
+  product_kernel *fast[N_DTYPES];  /* error 1e-4; X_WORDS, nf4: X_WORDS_SPLIT */
+  product_kernel *bytes[N_DTYPES]; /* error 6e-3; X_BYTES_SPLIT */
   expand_kernel *expand[3]; /* f32, f16, bf16 */
   /* For adapters: the same for few rows at a time, of any dtype. Codes of int8 and nf4 are not scaled; 16 bytes of
    * nf4 are step k in the high nibbles and k + 1 in the low ones. */
   expand_kernel *add_low_rank[N_DTYPES];
   /* The same results as exact's, for one token and rows that are in the cache; f32, f16, bf16, cols a multiple of 64. */
   product_kernel *shrink[3];
-  void (*quantize)(const float *x, int64_t n, bool split, float *out); /* for `fast`; n a multiple of 64 */
+  void (*quantize)(const float *x, int64_t n, enum layout_of_x layout, float *out); /* n a multiple of 64 */
   void (*split)(const float *x, int64_t n, float *out);                /* X_SPLIT; n a multiple of 32 */
   void (*norm)(const float *x, const float *weight, float eps, int64_t n, float *out);
   void (*gated)(int mode, const float *gate, const float *up, int64_t n, float *out);

@@ -1,8 +1,8 @@
 /* Kernels for AVX-512 with VNNI and VBMI: integer products for the `fast` precision.
  *
- * Activations and weights become 16-bit integers small enough that a block of 64 products is summed exactly in
- * 32 bits, then scaled by the block's absmax: 2e-4 of error a product, at half the speed of bytes, whose 7e-3
- * a tiny random Llama amplifies to 5e-2 in its logits (spec/performance.md).
+ * Activations and weights become integers small enough that a block of 64 products is summed exactly in 32 bits,
+ * then scaled by the block's absmax. As 16-bit words their error is 1e-4 of a product; as bytes 6e-3, at twice the
+ * speed, which is what the layers take that an error hurts least (choose_product in load.c, spec/performance.md).
  *
  * One algorithm for one token and for thousands, so that `fast` too gives the same bits for any batch. A panel is
  * 16 rows; some of its columns are unpacked, two columns of a row in each 32-bit lane, and multiplied with one
@@ -20,24 +20,38 @@ static void lookup_absmax_bytes(const uint8_t *q, int64_t n, float *out);
 #include "kernels_avx512.h"
 
 enum {
-  CHUNK = 256,      /* columns unpacked together: 16 KiB for a pair of panels */
+  CHUNK = 128,      /* vectors of a panel unpacked together: 16 KiB for a pair of panels */
   TILE_TOKENS = 12, /* with 2 panels: 24 of 32 vector registers are sums */
   TOKENS_AT_ONCE = 128,
   DIRECT_TOKENS = 8, /* at most so many are multiplied from registers */
-  CHUNK_BLOCKS = CHUNK / BLOCK,
-  NF4_RANGE = 8191, /* of a weight, with 64 * 8191 * 4095 < 2^31 */
-  X_RANGE = 4095    /* of an activation */
+  NF4_RANGE = 8191, /* of a word of weight, with 64 * 8191 * 4095 < 2^31 */
+  WORD_RANGE = 4095,
+  BYTE_RANGE = 127 /* of an activation */
 };
 
-/* Byte b of DYNAMIC_MAP's values, and the codebook times NF4_RANGE, twice: vpermw reads 5 bits of an index, so
- * the next nibble's lowest bit needs no mask. */
+/* What weights are multiplied as. */
+enum form { NF4_WORDS, NF4_BYTES, INT8_WORDS };
+
+INLINE int dtype_of(int form) { return form == INT8_WORDS ? ADRT_INT8 : ADRT_NF4; }
+INLINE int code_bytes(int form) { return form == NF4_BYTES ? 1 : 2; }
+INLINE int block_vectors(int form) { return BLOCK * code_bytes(form) / 4; }
+INLINE int chunk_blocks(int form) { return CHUNK / block_vectors(form); }
+
+/* vpdpbusd takes weights without a sign. Of all byte codes (value + BYTE_ZERO / BYTE_SCALE) * BYTE_SCALE these two
+ * put the codebook nearest to whole numbers: 3.3e-3 of error for normal weights instead of 5.9e-3 with 127. */
+static const float BYTE_SCALE = 124.11f, BYTE_ZERO = 124.16f;
+
+/* Byte b of DYNAMIC_MAP's values, and the codebook as words and as bytes, repeated: vpermw reads 5 bits of an
+ * index and vpermb 6, so the next nibble's lowest bits need no mask. */
 static uint8_t map_bytes[4][256];
-static int16_t codebook[32];
+static int16_t codebook_words[32];
+static uint8_t codebook_bytes[64];
 
 static void fill_tables(void) {
   for (int i = 0; i < 256; i++)
     for (int b = 0; b < 4; b++) map_bytes[b][i] = ((const uint8_t *)DYNAMIC_MAP)[4 * i + b];
-  for (int i = 0; i < 32; i++) codebook[i] = (int16_t)roundf(NF4_CODEBOOK[i % 16] * (float)NF4_RANGE);
+  for (int i = 0; i < 32; i++) codebook_words[i] = (int16_t)roundf(NF4_CODEBOOK[i % 16] * (float)NF4_RANGE);
+  for (int i = 0; i < 64; i++) codebook_bytes[i] = (uint8_t)roundf(NF4_CODEBOOK[i % 16] * BYTE_SCALE + BYTE_ZERO);
 }
 
 /* 64 values' byte b: 256 entries are two tables of 128, picked by the index's top bit. */
@@ -67,62 +81,93 @@ static void lookup_absmax_bytes(const uint8_t *q, int64_t n, float *out) {
   }
 }
 
-/* Quantized activations: of each token, the codes, then a scale for each block. */
+/* Quantized activations: of each token the codes, then a scale for each block, then, of bytes, what a block's sum
+ * starts from: the share of the weights' BYTE_ZERO. */
 typedef struct {
-  const int16_t *codes; /* [cols], in the order in which weights unpack */
+  const uint8_t *codes; /* [cols], in the order in which weights unpack */
   const float *scales;  /* [blocks], with the codebook's for nf4 */
-  int64_t stride;       /* floats from token to token */
-} int16_x;
+  const int32_t *starts;
+  int64_t stride; /* floats from token to token */
+} quantized;
 
-static inline int16_x int16_view(const float *x, int64_t stride, int64_t cols) {
-  return (int16_x){(const int16_t *)(const void *)x, x + cols / 2, stride};
+static inline quantized view(int form, const float *x, int64_t stride, int64_t cols) {
+  const float *scales = x + cols * code_bytes(form) / 4;
+  return (quantized){(const uint8_t *)x, scales, (const int32_t *)(const void *)(scales + cols / BLOCK), stride};
 }
 
-static inline int16_x move(int16_x x, int64_t tokens, int64_t blocks) {
-  return (int16_x){x.codes + 2 * tokens * x.stride + blocks * BLOCK, x.scales + tokens * x.stride + blocks,
-                   x.stride};
+INLINE quantized move(int form, quantized x, int64_t tokens, int64_t blocks) {
+  int64_t items = tokens * x.stride + blocks;
+  return (quantized){x.codes + 4 * tokens * x.stride + blocks * BLOCK * code_bytes(form), x.scales + items,
+                     x.starts + items, x.stride};
 }
 
-/* 64 values to codes; returns the scale, NaN when a value is not finite. */
-static float quantize_block(const float *x, int16_t *codes) {
+/* 64 values as integers in +- range; returns the scale, NaN when a value is not finite. */
+static float quantize_block(const float *x, float limit, __m512i codes[4]) {
   __m512 v[4], largest = _mm512_setzero_ps(), poison = _mm512_setzero_ps();
   for (int i = 0; i < 4; i++) {
     v[i] = _mm512_loadu_ps(x + 16 * i);
     largest = _mm512_max_ps(largest, _mm512_abs_ps(v[i]));
     poison = _mm512_fmadd_ps(v[i], _mm512_setzero_ps(), poison); /* infinity * 0 is NaN */
   }
-  float range = _mm512_reduce_max_ps(largest), inverse = range > 1e-30f ? (float)X_RANGE / range : 0.0f;
-  for (int i = 0; i < 4; i++) {
-    __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(v[i], _mm512_set1_ps(inverse)));
-    _mm256_storeu_si256((__m256i *)(void *)(codes + 16 * i), _mm512_cvtepi32_epi16(code));
-  }
-  return range / (float)X_RANGE + _mm512_reduce_add_ps(poison);
+  float range = _mm512_reduce_max_ps(largest), inverse = range > 1e-30f ? limit / range : 0.0f;
+  for (int i = 0; i < 4; i++) codes[i] = _mm512_cvtps_epi32(_mm512_mul_ps(v[i], _mm512_set1_ps(inverse)));
+  return range / limit + _mm512_reduce_add_ps(poison);
 }
 
-/* The order in which unpack_codes leaves columns: nf4 (`split`) in eights, int8 in fours. */
-static __m512i order_of_columns(bool split) {
+/* The order in which unpack_codes leaves words: nf4 (`split`) in eights, int8 in fours. */
+static __m512i order_of_words(bool split) {
   static const int8_t order[2][8] = {{0, 2, 1, 3, 4, 6, 5, 7}, {1, 5, 0, 4, 3, 7, 2, 6}};
   int16_t index[32];
   for (int i = 0; i < 32; i++) index[i] = (int16_t)(i / 8 * 8 + order[split][i % 8]);
   return _mm512_loadu_si512(index);
 }
 
-static void quantize(const float *x, int64_t n, bool split, float *out) {
+static void quantize_words(const float *x, int64_t n, bool split, float *out) {
   int16_t *codes = (int16_t *)(void *)out;
   float *scales = out + n / 2;
-  const __m512i order = order_of_columns(split);
+  const __m512i order = order_of_words(split);
   for (int64_t b = 0; b < n / BLOCK; b++, codes += BLOCK) {
-    float scale = quantize_block(x + b * BLOCK, codes);
+    __m512i code[4];
+    float scale = quantize_block(x + b * BLOCK, WORD_RANGE, code);
     scales[b] = split ? scale / (float)NF4_RANGE : scale;
-    for (int i = 0; i < BLOCK; i += 32)
-      _mm512_storeu_si512(codes + i, _mm512_permutexvar_epi16(order, _mm512_loadu_si512(codes + i)));
+    for (int i = 0; i < 2; i++) {
+      __m512i low = _mm512_castsi256_si512(_mm512_cvtepi32_epi16(code[2 * i]));
+      __m512i words = _mm512_inserti64x4(low, _mm512_cvtepi32_epi16(code[2 * i + 1]), 1);
+      _mm512_storeu_si512(codes + 32 * i, _mm512_permutexvar_epi16(order, words));
+    }
   }
 }
 
-/* Some columns of up to two panels, ready for vpdpwssd: lane r holds two columns of row r. */
+/* Bytes in the order in which unpack_codes leaves them: of eight columns the even ones, then the odd ones. */
+static void quantize_bytes(const float *x, int64_t n, float *out) {
+  int8_t *codes = (int8_t *)(void *)out, index[BLOCK];
+  float *scales = out + n / 4;
+  int32_t *starts = (int32_t *)(void *)(scales + n / BLOCK);
+  for (int i = 0; i < BLOCK; i++) index[i] = (int8_t)(i / 8 * 8 + i % 4 * 2 + i / 4 % 2);
+  const __m512i order = _mm512_loadu_si512(index);
+  for (int64_t b = 0; b < n / BLOCK; b++, codes += BLOCK) {
+    __m512i code[4], sum = _mm512_setzero_si512();
+    scales[b] = quantize_block(x + b * BLOCK, BYTE_RANGE, code) / BYTE_SCALE;
+    for (int i = 0; i < 4; i++) {
+      sum = _mm512_add_epi32(sum, code[i]);
+      _mm_storeu_si128((__m128i *)(void *)(codes + 16 * i), _mm512_cvtepi32_epi8(code[i]));
+    }
+    starts[b] = (int32_t)roundf(-BYTE_ZERO * (float)_mm512_reduce_add_epi32(sum));
+    _mm512_storeu_si512(codes, _mm512_permutexvar_epi8(order, _mm512_loadu_si512(codes)));
+  }
+}
+
+static void quantize(const float *x, int64_t n, enum layout_of_x layout, float *out) {
+  if (layout == X_BYTES_SPLIT)
+    quantize_bytes(x, n, out);
+  else
+    quantize_words(x, n, layout == X_WORDS_SPLIT, out);
+}
+
+/* Some columns of up to two panels, ready to be multiplied: lane r holds two words or four bytes of row r. */
 typedef struct {
-  __m512i codes[CHUNK / 2][2];
-  __m512 scales[CHUNK_BLOCKS][2];
+  __m512i codes[CHUNK][2];
+  __m512 scales[CHUNK][2]; /* as many as blocks */
 } unpacked;
 
 INLINE __m128i piece(const uint8_t *p) { return _mm_loadu_si128((const __m128i *)(const void *)p); }
@@ -146,21 +191,24 @@ INLINE void transpose(const uint8_t *rows, int64_t stride, __m512i out[4]) {
   out[3] = _mm512_unpackhi_epi64(high01, high23);
 }
 
-/* Vectors of two columns that 16 bytes of a row unpack to. */
-INLINE int piece_vectors(int dtype) { return dtype == ADRT_NF4 ? 16 : 8; }
+/* Vectors that 16 bytes of each row unpack to. */
+INLINE int piece_vectors(int form) { return form == NF4_WORDS ? 16 : 8; }
 
 /* 16 bytes of each row of a panel; `ahead` is memory that will be wanted. */
-INLINE void unpack_piece(int dtype, const uint8_t *rows, int64_t stride, const uint8_t *ahead, __m512i *out) {
-  const __m512i book = _mm512_loadu_si512(codebook);
+INLINE void unpack_piece(int form, const uint8_t *rows, int64_t stride, const uint8_t *ahead, __m512i *out) {
+  const __m512i words = _mm512_loadu_si512(codebook_words), bytes = _mm512_loadu_si512(codebook_bytes);
   __m512i column[4];
   transpose(rows, stride, column);
 #pragma GCC unroll 4
   for (int c = 0; c < 4; c++) {
     _mm_prefetch((const char *)ahead + 64 * c, _MM_HINT_T1);
-    if (dtype == ADRT_NF4) {
+    if (form == NF4_WORDS) {
 #pragma GCC unroll 4
       for (int nibble = 0; nibble < 4; nibble++)
-        out[4 * c + nibble] = _mm512_permutexvar_epi16(_mm512_srli_epi16(column[c], 4 * nibble), book);
+        out[4 * c + nibble] = _mm512_permutexvar_epi16(_mm512_srli_epi16(column[c], 4 * nibble), words);
+    } else if (form == NF4_BYTES) {
+      out[2 * c] = _mm512_permutexvar_epi8(_mm512_srli_epi16(column[c], 4), bytes);
+      out[2 * c + 1] = _mm512_permutexvar_epi8(column[c], bytes);
     } else {
       out[2 * c] = _mm512_srai_epi16(_mm512_slli_epi16(column[c], 8), 8);
       out[2 * c + 1] = _mm512_srai_epi16(column[c], 8);
@@ -168,13 +216,13 @@ INLINE void unpack_piece(int dtype, const uint8_t *rows, int64_t stride, const u
   }
 }
 
-INLINE void unpack_codes(int dtype, const uint8_t *rows, int64_t stride, int64_t bytes, const uint8_t *ahead,
+INLINE void unpack_codes(int form, const uint8_t *rows, int64_t stride, int64_t bytes, const uint8_t *ahead,
                          __m512i (*out)[2]) {
   for (int64_t i = 0; i < bytes; i += 16, ahead += 16 * PANEL) {
     __m512i codes[16];
-    unpack_piece(dtype, rows + i, stride, ahead, codes);
+    unpack_piece(form, rows + i, stride, ahead, codes);
 #pragma GCC unroll 16
-    for (int j = 0; j < piece_vectors(dtype); j++) (*out++)[0] = codes[j];
+    for (int j = 0; j < piece_vectors(form); j++) (*out++)[0] = codes[j];
   }
 }
 
@@ -187,36 +235,49 @@ INLINE void unpack_scales(const float *scales, int64_t row_blocks, int64_t block
   }
 }
 
-/* sum += products of 16-bit pairs. GCC copies the sums of a loop over the intrinsic to and fro, which halves
- * its speed. */
-INLINE void add_products(__m512i *sum, __m512i a, __m512i b) {
-  __asm__("vpdpwssd %2, %1, %0" : "+v"(*sum) : "v"(a), "v"(b));
+/* sum += products of a lane's words or bytes. GCC copies the sums of a loop over the intrinsic to and fro, which
+ * halves its speed. */
+INLINE void add_products(int form, __m512i *sum, __m512i weights, __m512i x) {
+  if (form == NF4_BYTES)
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(*sum) : "v"(weights), "v"(x));
+  else
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(*sum) : "v"(weights), "v"(x));
 }
 
-/* The same with one pair, in memory, for all lanes. */
-INLINE void add_products_of_pair(__m512i *sum, __m512i a, const int16_t *pair) {
-  __asm__("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(*sum) : "v"(a), "m"(*(const int16_t(*)[2])(const void *)pair));
+/* The same with one lane's activations, in memory, for all lanes. */
+INLINE void add_products_of_one(int form, __m512i *sum, __m512i weights, const uint8_t *x) {
+  const uint8_t(*one)[4] = (const uint8_t(*)[4])x;
+  if (form == NF4_BYTES)
+    __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(*sum) : "v"(weights), "m"(*one));
+  else
+    __asm__("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(*sum) : "v"(weights), "m"(*one));
+}
+
+INLINE __m512i start_of_sum(int form, quantized x, int t) {
+  return form == NF4_BYTES ? _mm512_set1_epi32(x.starts[t * x.stride]) : _mm512_setzero_si512();
 }
 
 /* sums[t][panel] += the chunk's share of the products, a block at a time. */
-INLINE void add_tile(const unpacked *w, int panels, int tokens, int64_t blocks, int16_x x, __m512 (*sums)[2]) {
-  for (int64_t b = 0; b < blocks; b++, x = move(x, 0, 1)) {
+INLINE void add_tile(int form, const unpacked *w, int panels, int tokens, int64_t blocks, quantized x,
+                     __m512 (*sums)[2]) {
+  for (int64_t b = 0; b < blocks; b++, x = move(form, x, 0, 1)) {
     __m512i sum[TILE_TOKENS][2];
 #pragma GCC unroll 12
-    for (int t = 0; t < tokens; t++) sum[t][0] = sum[t][1] = _mm512_setzero_si512();
+    for (int t = 0; t < tokens; t++) sum[t][0] = sum[t][1] = start_of_sum(form, x, t);
 #pragma GCC unroll 2
-    for (int k = 0; k < BLOCK / 2; k++) {
-      const __m512i *codes = w->codes[b * (BLOCK / 2) + k];
+    for (int k = 0; k < block_vectors(form); k++) {
+      const __m512i *codes = w->codes[b * block_vectors(form) + k];
 #pragma GCC unroll 12
       for (int t = 0; t < tokens; t++) {
-        int32_t two;
-        memcpy(&two, x.codes + 2 * t * x.stride + 2 * k, 4);
+        int32_t one;
+        memcpy(&one, x.codes + 4 * t * x.stride + 4 * k, 4);
 #pragma GCC unroll 2
-        for (int p = 0; p < panels; p++) add_products(&sum[t][p], codes[p], _mm512_set1_epi32(two));
+        for (int p = 0; p < panels; p++) add_products(form, &sum[t][p], codes[p], _mm512_set1_epi32(one));
       }
     }
 #pragma GCC unroll 12
     for (int t = 0; t < tokens; t++) {
+      __asm__("" ::: "memory"); /* or GCC loads all that is scaled at once and spills the sums */
       __m512 scale = _mm512_set1_ps(x.scales[t * x.stride]);
 #pragma GCC unroll 2
       for (int p = 0; p < panels; p++)
@@ -227,16 +288,16 @@ INLINE void add_tile(const unpacked *w, int panels, int tokens, int64_t blocks, 
 }
 
 /* A chunk for all tokens; x starts at it. */
-INLINE void add_chunk(const unpacked *w, int panels, int64_t blocks, int16_x x, int64_t n_tokens,
+INLINE void add_chunk(int form, const unpacked *w, int panels, int64_t blocks, quantized x, int64_t n_tokens,
                       __m512 (*sums)[2]) {
-  for (int64_t n; n_tokens; n_tokens -= n, sums += n, x = move(x, n, 0)) {
+  for (int64_t n; n_tokens; n_tokens -= n, sums += n, x = move(form, x, n, 0)) {
     n = n_tokens >= 12 ? 12 : n_tokens >= 8 ? 8 : n_tokens >= 4 ? 4 : n_tokens >= 2 ? 2 : 1;
     switch (n) {
-      case 12: add_tile(w, panels, 12, blocks, x, sums); break;
-      case 8: add_tile(w, panels, 8, blocks, x, sums); break;
-      case 4: add_tile(w, panels, 4, blocks, x, sums); break;
-      case 2: add_tile(w, panels, 2, blocks, x, sums); break;
-      default: add_tile(w, panels, 1, blocks, x, sums);
+      case 12: add_tile(form, w, panels, 12, blocks, x, sums); break;
+      case 8: add_tile(form, w, panels, 8, blocks, x, sums); break;
+      case 4: add_tile(form, w, panels, 4, blocks, x, sums); break;
+      case 2: add_tile(form, w, panels, 2, blocks, x, sums); break;
+      default: add_tile(form, w, panels, 1, blocks, x, sums);
     }
   }
 }
@@ -248,20 +309,20 @@ typedef struct {
 } panel_pair;
 
 /* A block of one panel against few tokens, from registers; several sums a token when one would wait for itself. */
-INLINE void add_block_directly(int dtype, int tokens, const uint8_t *rows, int64_t stride, const uint8_t *ahead,
-                               __m512 weight_scale, int16_x x, __m512 *sums) {
-  const int split = tokens == 1 ? 4 : tokens == 2 ? 2 : 1, vectors = piece_vectors(dtype);
+INLINE void add_block_directly(int form, int tokens, const uint8_t *rows, int64_t stride, const uint8_t *ahead,
+                               __m512 weight_scale, quantized x, __m512 *sums) {
+  const int split = tokens == 1 ? 4 : tokens == 2 ? 2 : 1, vectors = piece_vectors(form);
   __m512i sum[DIRECT_TOKENS][4];
   for (int t = 0; t < tokens; t++)
-    for (int i = 0; i < split; i++) sum[t][i] = _mm512_setzero_si512();
-  for (int64_t i = 0; i < block_bytes(dtype); i += 16, ahead += 16 * PANEL, x.codes += 2 * vectors) {
+    for (int i = 0; i < split; i++) sum[t][i] = i ? _mm512_setzero_si512() : start_of_sum(form, x, t);
+  for (int64_t i = 0; i < block_bytes(dtype_of(form)); i += 16, ahead += 16 * PANEL, x.codes += 4 * vectors) {
     __m512i codes[16];
-    unpack_piece(dtype, rows + i, stride, ahead, codes);
+    unpack_piece(form, rows + i, stride, ahead, codes);
 #pragma GCC unroll 16
     for (int k = 0; k < vectors; k++) {
 #pragma GCC unroll 8
       for (int t = 0; t < tokens; t++)
-        add_products_of_pair(&sum[t][k % split], codes[k], x.codes + 2 * t * x.stride + 2 * k);
+        add_products_of_one(form, &sum[t][k % split], codes[k], x.codes + 4 * t * x.stride + 4 * k);
     }
   }
   for (int t = 0; t < tokens; t++) {
@@ -271,57 +332,57 @@ INLINE void add_block_directly(int dtype, int tokens, const uint8_t *rows, int64
   }
 }
 
-INLINE void multiply_directly(const matrix *m, int dtype, int64_t row, const float *scales, int tokens, int16_x x,
+INLINE void multiply_directly(const matrix *m, int form, int64_t row, const float *scales, int tokens, quantized x,
                               __m512 (*sums)[2]) {
-  int64_t blocks = blocks_of(m), stride = row_bytes(dtype, m->cols), size = block_bytes(dtype);
+  int64_t blocks = blocks_of(m), stride = row_bytes(m->dtype, m->cols), size = block_bytes(m->dtype);
   const uint8_t *rows = m->data + row * stride;
   __m512 sum[DIRECT_TOKENS];
   for (int t = 0; t < tokens; t++) sum[t] = _mm512_setzero_ps();
   for (int64_t b = 0; b < blocks; b += 4) {
     __m512i scale[4];
     transpose((const uint8_t *)(scales + b), blocks * 4, scale);
-    for (int i = 0; i < 4 && b + i < blocks; i++, rows += size, x = move(x, 0, 1))
-      add_block_directly(dtype, tokens, rows, stride, rows + (b + i) * size * (PANEL - 1) + PANEL * stride,
+    for (int i = 0; i < 4 && b + i < blocks; i++, rows += size, x = move(form, x, 0, 1))
+      add_block_directly(form, tokens, rows, stride, rows + (b + i) * size * (PANEL - 1) + PANEL * stride,
                          _mm512_castsi512_ps(scale[i]), x, sum);
   }
   for (int t = 0; t < tokens; t++) sums[t][0] = sum[t];
 }
 
-INLINE void multiply_few(const matrix *m, int dtype, const panel_pair *pair, int panels, int16_x x, int64_t n,
+INLINE void multiply_few(const matrix *m, int form, const panel_pair *pair, int panels, quantized x, int64_t n,
                          __m512 (*sums)[2]) {
   for (int p = 0; p < panels; p++) {
     __m512(*out)[2] = (__m512(*)[2])&sums[0][p];
     switch (n) {
-      case 1: multiply_directly(m, dtype, pair->first[p], pair->scales[p], 1, x, out); break;
-      case 2: multiply_directly(m, dtype, pair->first[p], pair->scales[p], 2, x, out); break;
-      case 3: multiply_directly(m, dtype, pair->first[p], pair->scales[p], 3, x, out); break;
-      case 4: multiply_directly(m, dtype, pair->first[p], pair->scales[p], 4, x, out); break;
-      case 5: multiply_directly(m, dtype, pair->first[p], pair->scales[p], 5, x, out); break;
-      case 6: multiply_directly(m, dtype, pair->first[p], pair->scales[p], 6, x, out); break;
-      case 7: multiply_directly(m, dtype, pair->first[p], pair->scales[p], 7, x, out); break;
-      default: multiply_directly(m, dtype, pair->first[p], pair->scales[p], 8, x, out);
+      case 1: multiply_directly(m, form, pair->first[p], pair->scales[p], 1, x, out); break;
+      case 2: multiply_directly(m, form, pair->first[p], pair->scales[p], 2, x, out); break;
+      case 3: multiply_directly(m, form, pair->first[p], pair->scales[p], 3, x, out); break;
+      case 4: multiply_directly(m, form, pair->first[p], pair->scales[p], 4, x, out); break;
+      case 5: multiply_directly(m, form, pair->first[p], pair->scales[p], 5, x, out); break;
+      case 6: multiply_directly(m, form, pair->first[p], pair->scales[p], 6, x, out); break;
+      case 7: multiply_directly(m, form, pair->first[p], pair->scales[p], 7, x, out); break;
+      default: multiply_directly(m, form, pair->first[p], pair->scales[p], 8, x, out);
     }
   }
 }
 
-INLINE void multiply_many(const matrix *m, int dtype, const panel_pair *pair, int panels, int16_x x,
+INLINE void multiply_many(const matrix *m, int form, const panel_pair *pair, int panels, quantized x,
                           int64_t n_tokens, __m512 (*sums)[2]) {
   unpacked w;
-  int64_t blocks = blocks_of(m), stride = row_bytes(dtype, m->cols);
+  int64_t blocks = blocks_of(m), stride = row_bytes(dtype_of(form), m->cols);
   memset(sums, 0, (size_t)n_tokens * sizeof *sums);
-  for (int64_t b = 0; b < blocks; b += CHUNK_BLOCKS) {
-    int64_t n = blocks - b < CHUNK_BLOCKS ? blocks - b : CHUNK_BLOCKS;
-    int64_t from = b * block_bytes(dtype), bytes = n * block_bytes(dtype);
+  for (int64_t b = 0; b < blocks; b += chunk_blocks(form)) {
+    int64_t n = blocks - b < chunk_blocks(form) ? blocks - b : chunk_blocks(form);
+    int64_t from = b * block_bytes(dtype_of(form)), bytes = n * block_bytes(dtype_of(form));
     for (int p = 0; p < panels; p++) {
       const uint8_t *rows = m->data + pair->first[p] * stride;
-      unpack_codes(dtype, rows + from, stride, bytes, rows + (2 * stride + from) * PANEL,
+      unpack_codes(form, rows + from, stride, bytes, rows + (2 * stride + from) * PANEL,
                    (__m512i(*)[2])&w.codes[0][p]);
       unpack_scales(pair->scales[p] + b, blocks, n, (__m512(*)[2])&w.scales[0][p]);
     }
     if (panels == 2)
-      add_chunk(&w, 2, n, move(x, 0, b), n_tokens, sums);
+      add_chunk(form, &w, 2, n, move(form, x, 0, b), n_tokens, sums);
     else
-      add_chunk(&w, 1, n, move(x, 0, b), n_tokens, sums);
+      add_chunk(form, &w, 1, n, move(form, x, 0, b), n_tokens, sums);
   }
 }
 
@@ -336,37 +397,38 @@ static void store_sums(const panel_pair *pair, int panels, int64_t row, int64_t 
   }
 }
 
-INLINE void fast_product(const matrix *m, int dtype, int64_t row0, int64_t n_rows, const float *x,
+INLINE void fast_product(const matrix *m, int form, int64_t row0, int64_t n_rows, const float *x,
                          int64_t x_stride, int64_t n_tokens, float *y, int64_t y_stride) {
   __m512 sums[TOKENS_AT_ONCE][2];
   panel_pair pair;
-  const int16_x view = int16_view(x, x_stride, m->cols);
+  const quantized quants = view(form, x, x_stride, m->cols);
   const int64_t at_once = n_tokens <= 2 * DIRECT_TOKENS ? DIRECT_TOKENS : TOKENS_AT_ONCE;
   for (int64_t r = 0; r < n_rows; r += 2 * PANEL) {
     int panels = n_rows - r > PANEL ? 2 : 1;
     for (int p = 0; p < panels; p++) {
       int64_t row = row0 + r + p * PANEL, last = m->rows - PANEL;
       pair.first[p] = row < last ? row : last;
-      expand_scales(m, dtype, pair.first[p], PANEL, pair.scales[p]);
+      expand_scales(m, dtype_of(form), pair.first[p], PANEL, pair.scales[p]);
     }
     for (int64_t t = 0; t < n_tokens; t += at_once) {
       int64_t tokens = n_tokens - t < at_once ? n_tokens - t : at_once;
       if (tokens <= DIRECT_TOKENS)
-        multiply_few(m, dtype, &pair, panels, move(view, t, 0), tokens, sums);
+        multiply_few(m, form, &pair, panels, move(form, quants, t, 0), tokens, sums);
       else
-        multiply_many(m, dtype, &pair, panels, move(view, t, 0), tokens, sums);
+        multiply_many(m, form, &pair, panels, move(form, quants, t, 0), tokens, sums);
       store_sums(&pair, panels, row0 + r, n_rows - r, tokens, sums, y + t * y_stride + r, y_stride);
     }
   }
 }
 
-#define DEFINE_FAST(name, dtype)                                                                    \
+#define DEFINE_FAST(name, form)                                                                    \
   static void name(const matrix *m, int64_t row0, int64_t n_rows, const float *x, int64_t x_stride, \
                    int64_t n_tokens, float *y, int64_t y_stride) {                                  \
-    fast_product(m, dtype, row0, n_rows, x, x_stride, n_tokens, y, y_stride);                       \
+    fast_product(m, form, row0, n_rows, x, x_stride, n_tokens, y, y_stride);                       \
   }
-DEFINE_FAST(fast_int8, ADRT_INT8)
-DEFINE_FAST(fast_nf4, ADRT_NF4)
+DEFINE_FAST(fast_int8, INT8_WORDS)
+DEFINE_FAST(fast_nf4, NF4_WORDS)
+DEFINE_FAST(bytes_nf4, NF4_BYTES)
 
 static bool ready(void) {
   static pthread_once_t once = PTHREAD_ONCE_INIT;
@@ -381,6 +443,7 @@ const kernels cpu_kernels_vnni = {
     .isa = ADRT_ISA_AVX512_VNNI,
     .ready = ready,
     .fast = {[ADRT_INT8] = fast_int8, [ADRT_NF4] = fast_nf4},
+    .bytes = {[ADRT_NF4] = bytes_nf4},
     .quantize = quantize,
     COMMON_KERNELS,
 };

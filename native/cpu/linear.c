@@ -62,7 +62,7 @@ static void prepare_tokens(const adrt_executable *e, const instruction *in, int6
     switch (in->layout) {
       case X_PLAIN: memcpy(out, x, (size_t)padded * sizeof *x); break;
       case X_SPLIT: e->kernels->split(x, cols, out); break;
-      default: e->kernels->quantize(x, cols, in->layout == X_INTEGER_SPLIT, out);
+      default: e->kernels->quantize(x, cols, in->layout, out);
     }
   }
 }

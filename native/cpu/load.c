@@ -37,21 +37,46 @@ static float *load_vector(const adrt_tensor *tensor) {
   return out;
 }
 
-/* The product kernel for a weight, and the form of activations that it reads. */
-static void choose_product(const adrt_executable *e, instruction *in) {
+/* Registers that an operation reads, then the one it writes; -1 where there is none. */
+static void registers_of(const adrt_op *op, int32_t read[3], int32_t *written) {
+  bool two = op->kind == ADRT_GATED || op->kind == ADRT_ADD || op->kind == ADRT_ATTENTION;
+  read[0] = op->kind == ADRT_EMBED ? -1 : op->a;
+  read[1] = two ? op->b : -1;
+  read[2] = op->kind == ADRT_ATTENTION ? op->c : -1;
+  *written = op->kind == ADRT_LOGITS ? -1 : op->out;
+}
+
+/* Is a gated activation the first to read what `op` writes? */
+static bool feeds_gate(const adrt_program *p, const adrt_op *op) {
+  for (const adrt_op *later = op + 1; later < p->ops + p->n_ops; later++) {
+    int32_t read[3], written;
+    registers_of(later, read, &written);
+    if (read[0] == op->out || read[1] == op->out || read[2] == op->out) return later->kind == ADRT_GATED;
+  }
+  return false;
+}
+
+/* The product kernel for a weight, and the form of activations that it reads. Bytes are for what a gated activation
+ * reads: their error stays what it was there, where a softmax would amplify that of q and k, and residuals would
+ * collect that of the other layers (spec/performance.md). */
+static void choose_product(const adrt_executable *e, const adrt_program *p, const adrt_op *op,
+                           instruction *in) {
   const matrix *m = &in->weight;
+  const kernels *k = e->kernels;
   int32_t dtype = m->dtype;
-  bool nf4 = dtype == ADRT_NF4;
-  product_kernel *fast = e->options.precision == ADRT_FAST ? e->kernels->fast[dtype] : NULL;
+  bool integer = e->options.precision == ADRT_FAST && m->rows >= PANEL && m->cols % BLOCK == 0;
   if (needs_decoding(m)) {
-    in->product = e->kernels->exact[ADRT_F32];
+    in->product = k->exact[ADRT_F32];
     in->layout = X_PLAIN;
-  } else if (fast && m->rows >= PANEL && m->cols % BLOCK == 0) {
-    in->product = fast;
-    in->layout = nf4 ? X_INTEGER_SPLIT : X_INTEGER;
+  } else if (integer && k->bytes[dtype] && feeds_gate(p, op)) {
+    in->product = k->bytes[dtype];
+    in->layout = X_BYTES_SPLIT;
+  } else if (integer && k->fast[dtype]) {
+    in->product = k->fast[dtype];
+    in->layout = dtype == ADRT_NF4 ? X_WORDS_SPLIT : X_WORDS;
   } else {
-    in->product = e->kernels->exact[dtype];
-    in->layout = nf4 ? X_SPLIT : X_PLAIN;
+    in->product = k->exact[dtype];
+    in->layout = dtype == ADRT_NF4 ? X_SPLIT : X_PLAIN;
   }
 }
 
@@ -76,8 +101,7 @@ static int find_rope_table(adrt_executable *e, instruction *in) {
   return e->n_rope_tables++;
 }
 
-static bool load_weights(adrt_executable *e, const adrt_program *p, instruction *in) {
-  const adrt_op *op = &in->op;
+static bool load_weights(adrt_executable *e, const adrt_program *p, const adrt_op *op, instruction *in) {
   const adrt_tensor *weight = &p->tensors[op->weight];
   if (op->kind == ADRT_NORM || op->kind == ADRT_ROPE) {
     if (!(in->vector = load_vector(weight))) return false;
@@ -88,7 +112,7 @@ static bool load_weights(adrt_executable *e, const adrt_program *p, instruction 
     if (weight->cols > e->max_cols) e->max_cols = weight->cols;
     if (is_product(op->kind)) {
       if (op->bias != -1 && !(in->bias = load_vector(&p->tensors[op->bias]))) return false;
-      choose_product(e, in);
+      choose_product(e, p, op, in);
       in->rows_per_item = choose_rows_per_item(e, weight);
     }
   }
@@ -99,9 +123,9 @@ static bool load_weights(adrt_executable *e, const adrt_program *p, instruction 
 
 static int place_kv(adrt_executable *e, const adrt_op *op, adrt_error *error) {
   int64_t item = e->options.kv_dtype == ADRT_F16 ? 2 : 4;
-  int64_t tokens = cpu_product(e->options.page_tokens, op->kv_heads, item);
-  int64_t k = cpu_product(tokens, op->head_dim, 1),
-          v = cpu_product(tokens, cpu_align(op->head_dim, PANEL), 1);
+  int64_t heads = cpu_product(op->kv_heads, item, 1), tokens = e->options.page_tokens;
+  int64_t k = cpu_product(heads, cpu_align(tokens, PANEL), op->head_dim);
+  int64_t v = cpu_product(heads, tokens, cpu_align(op->head_dim, PANEL));
   const int64_t limit = (int64_t)1 << 46;
   if (k < 0 || v < 0 || k > limit || v > limit || e->page_bytes > limit)
     return cpu_fail(error, ADRT_BAD_ARGUMENT, "layer %d: a KV page of %d tokens, %d heads of %d is too large",
@@ -129,7 +153,7 @@ static int load_instructions(adrt_executable *e, const adrt_program *p, adrt_err
       in->op.a = e->n_registers - 1;
     else
       in->width = e->widths[in->op.out];
-    if (!load_weights(e, p, in))
+    if (!load_weights(e, p, &p->ops[i], in))
       return cpu_fail(error, ADRT_NO_MEMORY, "no memory for the vectors of op %d", i);
     if (in->op.kind == ADRT_ATTENTION) {
       int code = place_kv(e, &in->op, error);
@@ -137,15 +161,6 @@ static int load_instructions(adrt_executable *e, const adrt_program *p, adrt_err
     }
   }
   return ADRT_OK;
-}
-
-/* Registers that an operation reads, then the one it writes; -1 where there is none. */
-static void registers_of(const adrt_op *op, int32_t read[3], int32_t *written) {
-  bool two = op->kind == ADRT_GATED || op->kind == ADRT_ADD || op->kind == ADRT_ATTENTION;
-  read[0] = op->kind == ADRT_EMBED ? -1 : op->a;
-  read[1] = two ? op->b : -1;
-  read[2] = op->kind == ADRT_ATTENTION ? op->c : -1;
-  *written = op->kind == ADRT_LOGITS ? -1 : op->out;
 }
 
 static bool depends_on(const adrt_op *later, const adrt_op *earlier) {

@@ -1,9 +1,6 @@
 /* Adapters' U in the order in which it is added: panels (executable.h), made once for all who share the tensor. */
 #include <stdlib.h>
 #include <string.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include "executable.h"
 
@@ -19,9 +16,7 @@ static arena *new_arena(int64_t bytes) {
     cpu_free(a);
     return NULL;
   }
-#if defined(MADV_HUGEPAGE)
-  madvise(memory, (size_t)bytes, MADV_HUGEPAGE); /* a wish; without it only time is lost */
-#endif
+  cpu_prefer_huge_pages(memory, (uint64_t)bytes);
   *a = (arena){memory, bytes, 0, 0};
   return a;
 }

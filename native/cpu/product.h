@@ -18,6 +18,7 @@
 #define INLINE static inline __attribute__((always_inline))
 
 enum { BLOCK_VECS = BLOCK / LANES, PANEL_VECS = PANEL / LANES, PREFETCH_BYTES = 4096 };
+enum { EXPAND_TOKENS = LANES == 16 ? 8 : 4, EXPAND_PANELS = 4 };
 
 INLINE bool is_scaled(int dtype) { return dtype == ADRT_INT8 || dtype == ADRT_NF4; }
 
@@ -180,50 +181,61 @@ DEFINE_PRODUCT(product_bf16, ADRT_BF16)
 DEFINE_PRODUCT(product_int8, ADRT_INT8)
 DEFINE_PRODUCT(product_nf4, ADRT_NF4)
 
-/* One panel of 16 rows for `tokens` tokens: y += panel^T h. */
-INLINE void expand_tile(int dtype, int tokens, const uint8_t *panel, int64_t rank, const float *h,
-                        int64_t h_stride, float *y, int64_t y_stride) {
+/* `panels` panels of 16 rows, `step` bytes apart, for `tokens` tokens: y += panel^T h. */
+INLINE void expand_tile(int dtype, int panels, int tokens, const uint8_t *panel, int64_t step, int64_t rank,
+                        const float *h, int64_t h_stride, float *y, int64_t y_stride) {
   const int64_t item = dtype == ADRT_F32 ? 4 : 2;
-  vec acc[4][PANEL_VECS];
+  vec acc[EXPAND_TOKENS][EXPAND_PANELS * PANEL_VECS];
   for (int t = 0; t < tokens; t++)
-    for (int i = 0; i < PANEL_VECS; i++) acc[t][i] = v_zero();
+    for (int i = 0; i < panels * PANEL_VECS; i++) acc[t][i] = v_zero();
   for (int64_t k = 0; k < rank; k++) {
-#pragma GCC unroll 4
-    for (int i = 0; i < PANEL_VECS; i++) {
-      vec u = v_items(dtype, panel + (k * PANEL + i * LANES) * item);
-#pragma GCC unroll 4
+#pragma GCC unroll 16
+    for (int i = 0; i < panels * PANEL_VECS; i++) {
+      vec u = v_items(dtype, panel + i / PANEL_VECS * step + (k * PANEL + i % PANEL_VECS * LANES) * item);
+#pragma GCC unroll 8
       for (int t = 0; t < tokens; t++) acc[t][i] = v_fma(u, v_set1(h[t * h_stride + k]), acc[t][i]);
     }
   }
   for (int t = 0; t < tokens; t++)
-    for (int i = 0; i < PANEL_VECS; i++) {
+    for (int i = 0; i < panels * PANEL_VECS; i++) {
       float *out = y + t * y_stride + i * LANES;
       v_store(out, v_add(v_load(out), acc[t][i]));
     }
 }
 
-/* A panel of which only `n_rows` rows exist in y. */
+/* The last panel when only `n_rows` of its rows exist in y. */
 INLINE void expand_partial(int dtype, const uint8_t *panel, int64_t rank, int64_t n_rows, const float *h,
                            int64_t h_stride, int64_t n_tokens, float *y, int64_t y_stride) {
   for (int64_t t = 0; t < n_tokens; t++) {
     float whole[PANEL] = {0};
     memcpy(whole, y + t * y_stride, (size_t)n_rows * sizeof *y);
-    expand_tile(dtype, 1, panel, rank, h + t * h_stride, h_stride, whole, PANEL);
+    expand_tile(dtype, 1, 1, panel, 0, rank, h + t * h_stride, h_stride, whole, PANEL);
     memcpy(y + t * y_stride, whole, (size_t)n_rows * sizeof *y);
   }
 }
 
+/* Whole panels for a few tokens, `at_once` of them together so that no sum waits for itself. */
+INLINE void expand_rows(int dtype, int at_once, int tokens, const uint8_t *panel, int64_t step, int64_t rank,
+                        int64_t n_rows, const float *h, int64_t h_stride, float *y, int64_t y_stride) {
+  for (; n_rows >= at_once * PANEL; n_rows -= at_once * PANEL, panel += at_once * step, y += at_once * PANEL)
+    expand_tile(dtype, at_once, tokens, panel, step, rank, h, h_stride, y, y_stride);
+  for (; n_rows >= PANEL; n_rows -= PANEL, panel += step, y += PANEL)
+    expand_tile(dtype, 1, tokens, panel, step, rank, h, h_stride, y, y_stride);
+}
+
 INLINE void expand(int dtype, const uint8_t *panel, int64_t panel_stride, int64_t rank, int64_t n_rows,
                    const float *h, int64_t h_stride, int64_t n_tokens, float *y, int64_t y_stride) {
-  const int64_t step = panel_stride * (dtype == ADRT_F32 ? 4 : 2);
-  for (; n_rows >= PANEL; n_rows -= PANEL, panel += step, y += PANEL) {
-    int64_t t = 0;
-    for (; t + 4 <= n_tokens; t += 4)
-      expand_tile(dtype, 4, panel, rank, h + t * h_stride, h_stride, y + t * y_stride, y_stride);
-    for (; t < n_tokens; t++)
-      expand_tile(dtype, 1, panel, rank, h + t * h_stride, h_stride, y + t * y_stride, y_stride);
-  }
-  if (n_rows) expand_partial(dtype, panel, rank, n_rows, h, h_stride, n_tokens, y, y_stride);
+  const int64_t step = panel_stride * (dtype == ADRT_F32 ? 4 : 2), whole = n_rows / PANEL;
+  int64_t t = 0;
+  for (; t + EXPAND_TOKENS <= n_tokens; t += EXPAND_TOKENS)
+    expand_rows(dtype, 1, EXPAND_TOKENS, panel, step, rank, n_rows, h + t * h_stride, h_stride, y + t * y_stride,
+                y_stride);
+  for (; t < n_tokens; t++)
+    expand_rows(dtype, EXPAND_PANELS, 1, panel, step, rank, n_rows, h + t * h_stride, h_stride, y + t * y_stride,
+                y_stride);
+  if (n_rows % PANEL)
+    expand_partial(dtype, panel + whole * step, rank, n_rows % PANEL, h, h_stride, n_tokens, y + whole * PANEL,
+                   y_stride);
 }
 
 #define DEFINE_EXPAND(name, dtype)                                                                         \
