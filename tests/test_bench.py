@@ -14,7 +14,7 @@ from helpers.tiny import convert_model
 
 from adaptrt.adapters.base import open_base
 from adaptrt.bench.peers.gguf import write_gguf
-from adaptrt.bench.shapes import SHAPES, random_lora, random_tensor
+from adaptrt.bench.shapes import SHAPES, random_adapters, random_tensor
 from adaptrt.bench.subject import Cost, adapter_bytes
 from adaptrt.bench.work import Work, measure
 from adaptrt.format import open_file
@@ -38,6 +38,7 @@ def test_rows_of_a_model_with_random_adapters(files: tuple[Path, Path]) -> None:
     assert (
         names[0] == "decode 1 stream" and "decode 8 streams, 8 adapters" in names and "prefill 128" in names
     )
+    assert names[-1] == "decode 1 stream, exact" and len(report["first_token_seconds"]) == 3
     assert all(row["tokens_per_second"] > 0 for row in report["rows"])
     assert report["rows"][0]["time_over_base"] == [1, 1, 1]
     assert report["read_bandwidth"] > 1e8 and report["peak_memory_bytes"] > 1e6
@@ -47,6 +48,12 @@ def test_adapters_can_be_named_and_the_table_is_text(files: tuple[Path, Path]) -
     outcome = adaptrt_cli("bench", files[0], "-a", f"{files[1]}:0.5", "--rounds", 1, "--steps", 1)
     assert outcome.code == 0, outcome.err
     assert "decode 1 stream, 1 adapter" in outcome.out and "stacked" not in outcome.out
+
+
+@pytest.mark.parametrize("variant", ["dora", "vera"])
+def test_random_adapters_of_other_variants_fit(files: tuple[Path, Path], variant: str) -> None:
+    outcome = adaptrt_cli("bench", files[0], "--variant", variant, "--rounds", 1, "--steps", 1)
+    assert outcome.code == 0 and "decode 8 streams, 8 adapters" in outcome.out
 
 
 @pytest.mark.parametrize(
@@ -79,10 +86,13 @@ def test_costs_are_those_of_the_shapes(files: tuple[Path, Path]) -> None:
     with open_file(files[0]) as file:
         base = open_base(file, load_registry().architectures)
         cost = Cost.of(base.program, base.weights())
-        lora = random_lora(base.specs, 4, np.random.default_rng(0))
+        lora, dora, vera = (random_adapters(name, base.specs, 4, 2)[1] for name in ("lora", "dora", "vera"))
     assert (cost.token_operations, cost.logit_operations) == (2 * linear, 2 * 131 * 64)
     assert linear / 2 + 131 * 64 < cost.step_bytes < 0.6 * linear + 1.1 * 131 * 64
+    outputs = 2 * (2 * 64 + 2 * 32 + 2 * 160 + 64)
     assert adapter_bytes(lora) == 2 * 2 * 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 160))
+    assert adapter_bytes(dora) == adapter_bytes(lora) + 4 * outputs
+    assert adapter_bytes(vera) == 2 * 4 * (160 + 160) + 4 * (outputs + 14 * 4)
 
 
 def test_rounds_drop_the_first_and_ratios_pair_them() -> None:

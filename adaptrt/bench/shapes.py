@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from adaptrt import __version__
-from adaptrt.adapters.normal import Lowered, LoweredAdapter, LowRank
+from adaptrt.adapters.normal import Lowered, LoweredAdapter, LowRank, Vector
 from adaptrt.format import Writer
 from adaptrt.model.architecture import Architecture, TensorSpec
 from adaptrt.quant.plain import from_float32
@@ -104,14 +105,52 @@ def random_tensor(spec: TensorSpec, rng: np.random.Generator) -> Tensor:
     return Tensor(dtype, spec.shape, data)
 
 
-def random_lora(specs: tuple[TensorSpec, ...], rank: int, rng: np.random.Generator) -> LoweredAdapter:
-    """A bfloat16 LoRA of this rank on every linear layer."""
+Specs = Sequence[TensorSpec]
 
-    def factor(rows: int, cols: int) -> Tensor:
-        return from_float32(rng.standard_normal((rows, cols), np.float32) / np.float32(np.sqrt(cols)), "bf16")
 
-    return {
-        spec.target: Lowered((LowRank(factor(spec.shape[0], rank), factor(rank, spec.shape[1]), 0.1),))
-        for spec in specs
-        if spec.role == "linear"
-    }
+def random_adapters(variant: str, specs: Specs, rank: int, count: int) -> list[LoweredAdapter]:
+    """Different random adapters of one of VARIANTS, bfloat16, on every linear layer."""
+    linear = [spec for spec in specs if spec.role == "linear"]
+    return VARIANTS[variant](linear, rank, count, np.random.default_rng(0))
+
+
+def _factor(rng: np.random.Generator, rows: int, cols: int) -> Tensor:
+    return from_float32(rng.standard_normal((rows, cols), np.float32) / np.float32(np.sqrt(cols)), "bf16")
+
+
+def _vector(rng: np.random.Generator, size: int) -> Vector:
+    return np.asarray(1 + rng.standard_normal(size, np.float32) / 8, np.float32)
+
+
+def _lora(specs: Specs, rank: int, count: int, rng: np.random.Generator) -> list[LoweredAdapter]:
+    def low_rank(out: int, inner: int) -> LowRank:
+        return LowRank(_factor(rng, out, rank), _factor(rng, rank, inner), 0.1)
+
+    return [{spec.target: Lowered((low_rank(*spec.shape),)) for spec in specs} for _ in range(count)]
+
+
+def _dora(specs: Specs, rank: int, count: int, rng: np.random.Generator) -> list[LoweredAdapter]:
+    """LoRA with a gain for every output."""
+    outputs = {spec.target: spec.shape[0] for spec in specs}
+    return [
+        {target: replace(low, g_out=_vector(rng, outputs[target])) for target, low in lora.items()}
+        for lora in _lora(specs, rank, count, rng)
+    ]
+
+
+def _vera(specs: Specs, rank: int, count: int, rng: np.random.Generator) -> list[LoweredAdapter]:
+    """One U and V for all targets and adapters, two vectors for each."""
+    u = _factor(rng, max(spec.shape[0] for spec in specs), rank)
+    v = _factor(rng, rank, max(spec.shape[1] for spec in specs))
+
+    def low_rank(out: int) -> LowRank:
+        return LowRank(u, v, 0.1, d=_vector(rng, rank), e=_vector(rng, out))
+
+    return [{spec.target: Lowered((low_rank(spec.shape[0]),)) for spec in specs} for _ in range(count)]
+
+
+VARIANTS: Mapping[str, Callable[[Specs, int, int, np.random.Generator], list[LoweredAdapter]]] = {
+    "lora": _lora,
+    "dora": _dora,
+    "vera": _vera,
+}

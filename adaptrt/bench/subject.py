@@ -10,7 +10,7 @@ from math import prod
 
 import numpy as np
 
-from adaptrt.adapters.normal import LoweredAdapter
+from adaptrt.adapters.normal import LoweredAdapter, LowRank
 from adaptrt.backends.base import Batch, Executable
 from adaptrt.bench.work import Work
 from adaptrt.program import Linear, Logits, Program
@@ -40,8 +40,16 @@ class Cost:
 
 
 def adapter_bytes(adapter: LoweredAdapter) -> int:
-    """Bytes of an adapter's terms."""
-    return sum(term.nbytes for lowered in adapter.values() for term in lowered.terms)
+    """Bytes that a step must read of an adapter: terms and gains, a factor that targets share once."""
+    factors: dict[int, int] = {}
+    vectors = 0
+    for lowered in adapter.values():
+        vectors += sum(gain.nbytes for gain in (lowered.g_in, lowered.g_out) if gain is not None)
+        for term in lowered.terms:
+            shared = [f for f in (term.u, term.v) if f is not None] if isinstance(term, LowRank) else []
+            factors |= {id(factor): factor.data.nbytes for factor in shared}
+            vectors += term.nbytes - sum(factor.data.nbytes for factor in shared)
+    return vectors + sum(factors.values())
 
 
 @dataclass(frozen=True)

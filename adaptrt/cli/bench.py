@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import resource
+import statistics
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 
 from adaptrt.adapters.base import BaseView, open_base
 from adaptrt.adapters.normal import LoweredAdapter
@@ -24,7 +24,7 @@ from adaptrt.api import choose_backend, find_adapter
 from adaptrt.backends.base import LoadOptions
 from adaptrt.backends.cpu import available_cores, int8_peak, read_bandwidth
 from adaptrt.bench.peers import Setup
-from adaptrt.bench.shapes import SHAPES, cached_model, random_lora
+from adaptrt.bench.shapes import SHAPES, VARIANTS, cached_model, random_adapters
 from adaptrt.bench.subject import Cost, Subject, adapter_bytes
 from adaptrt.bench.work import Work, measure
 from adaptrt.cli.notes import Progress, note
@@ -43,6 +43,7 @@ PROBE_BYTES = 1 << 29  # far more than any cache
 class Settings:
     """The numbers of the command line."""
 
+    variant: str
     rank: int
     rounds: int
     steps: int
@@ -52,6 +53,13 @@ class Settings:
 @click.argument("model", required=False)
 @click.option("--shape", type=click.Choice(list(SHAPES)), help="Random weights.  [default: tinyllama]")
 @adapter_option
+@click.option(
+    "--variant",
+    type=click.Choice(list(VARIANTS)),
+    default="lora",
+    show_default=True,
+    help="Of random adapters.",
+)
 @click.option(
     "--rank", type=click.IntRange(1, 256), default=16, show_default=True, help="Of random adapters."
 )
@@ -71,19 +79,19 @@ def command(
     peers: tuple[str, ...],
     loading: Loading,
     as_json: bool,
-    **numbers: int,
+    **settings_by_name: Any,
 ) -> None:
     """Measure MODEL, or random weights of a well-known shape.
 
-    Adapters are random LoRA on every linear layer unless -a names some. The floor is what the read bandwidth and the
+    Adapters are random ones on every linear layer unless -a names some. The floor is what the read bandwidth and the
     int8 arithmetic of this machine, probed in the same run, allow.
     """
     if model and (shape or peers):
         raise click.UsageError("--shape and --peer go without MODEL")
-    settings, registry = Settings(**numbers), load_registry()
+    settings, registry = Settings(**settings_by_name), load_registry()
     path = model_path(model) if model else _made(shape or "tinyllama", registry)
     threads = loading.threads or available_cores()
-    with _subject(path, registry, adapters, loading, threads, settings) as (subject, ours, first_token):
+    with _subject(path, registry, adapters, loading, threads, settings) as (subject, ours, first_tokens):
         theirs = {name: _peer(name, path, registry, threads, settings.steps) for name in peers}
         bandwidth, peak = read_bandwidth(PROBE_BYTES, threads), int8_peak(threads)
         measure([*ours, *(work for works in theirs.values() for work in works)], settings.rounds, _progress)
@@ -93,7 +101,7 @@ def command(
             "backend": subject.executable.describe(),
             "read_bandwidth": bandwidth,
             "int8_peak": peak,
-            "first_token_seconds": first_token,
+            "first_token_seconds": first_tokens,
             "peak_memory_bytes": None if peers else _peak_memory(),  # a peer's would be in it
             "rows": [_row(work, ours[0], bandwidth, peak) for work in ours],
             "peers": {name: _compare(works, ours) for name, works in theirs.items()},
@@ -125,28 +133,54 @@ def _subject(
     loading: Loading,
     threads: int,
     settings: Settings,
-) -> Iterator[tuple[Subject, list[Work], float]]:
+) -> Iterator[tuple[Subject, list[Work], tuple[float, float, float]]]:
     """The loaded model, what to time on it, and the seconds from opening its file to a first token."""
-    backend, device = choose_backend(registry, loading.backend)
-    options = LoadOptions(threads=threads, precision=loading.precision, device=device)  # type: ignore[arg-type]
+    seconds = [_first_token(path, registry, loading, threads) for _ in range(settings.rounds)]
     with ExitStack() as cleanup:
-        started = time.perf_counter()
         file = cleanup.enter_context(open_file(path))
         base = open_base(file, registry.architectures)
-        weights = base.weights()
-        executable = backend.load(base.program, weights, options)
-        cleanup.callback(executable.close)
         lengths = _lengths(base.program.context_length)
         tokens = max(settings.steps, *lengths)
-        cost = Cost.of(base.program, weights)
-        subject = Subject(executable, cost, options.page_tokens, tokens, base.program.vocab_size)
+        subject = _load(base, registry, loading, threads, loading.precision, tokens, cleanup)
+        subject.reserve(max(STREAMS))
+        lowered = _adapters(choices, file, base, registry, settings, cleanup)
+        handles = [subject.executable.attach(adapter) for adapter in lowered]
+        works = _works(subject, handles, lowered, settings.steps, lengths)
+        if loading.precision == "fast":
+            with suppress(BackendError):  # a backend may offer `fast` alone
+                exact = _load(base, registry, loading, threads, "exact", settings.steps, cleanup)
+                exact.reserve(1)
+                works.append(exact.decode("decode 1 stream, exact", [()], 0, settings.steps))
+        yield subject, works, (min(seconds), statistics.median(seconds), max(seconds))
+
+
+def _load(
+    base: BaseView,
+    registry: Registry,
+    loading: Loading,
+    threads: int,
+    precision: str,
+    tokens: int,
+    cleanup: ExitStack,
+) -> Subject:
+    backend, device = choose_backend(registry, loading.backend)
+    options = LoadOptions(threads=threads, precision=precision, device=device)  # type: ignore[arg-type]
+    weights = base.weights()
+    executable = backend.load(base.program, weights, options)
+    cleanup.callback(executable.close)
+    cost = Cost.of(base.program, weights)
+    return Subject(executable, cost, options.page_tokens, tokens, base.program.vocab_size)
+
+
+def _first_token(path: str | Path, registry: Registry, loading: Loading, threads: int) -> float:
+    started = time.perf_counter()
+    with ExitStack() as cleanup:
+        file = cleanup.enter_context(open_file(path))
+        base = open_base(file, registry.architectures)
+        subject = _load(base, registry, loading, threads, loading.precision, 1, cleanup)
         subject.reserve(1)
         subject.decode("first token", [()], 0, 1).run()
-        first_token = time.perf_counter() - started
-        subject.reserve(max(STREAMS))
-        lowered = _adapters(choices, file, base, registry, settings.rank, cleanup)
-        handles = [executable.attach(adapter) for adapter in lowered]
-        yield subject, _works(subject, handles, lowered, settings.steps, lengths), first_token
+        return time.perf_counter() - started
 
 
 def _lengths(context_length: int) -> list[int]:
@@ -159,13 +193,12 @@ def _adapters(
     file: File,
     base: BaseView,
     registry: Registry,
-    rank: int,
+    settings: Settings,
     cleanup: ExitStack,
 ) -> list[LoweredAdapter]:
     """The adapters named, or eight random ones."""
     if not choices:
-        rng = np.random.default_rng(0)
-        return [random_lora(base.specs, rank, rng) for _ in range(8)]
+        return random_adapters(settings.variant, base.specs, settings.rank, count=8)
     variants = registry.variants
     return [
         lower(find_adapter(choice.source, file, base, variants, cleanup), variants, base, choice.scale)
@@ -244,7 +277,8 @@ def _print(report: dict[str, Any]) -> None:
     click.echo(f"read bandwidth {report['read_bandwidth'] / 1e9:.1f} GB/s{peak}")
     peak_bytes = report["peak_memory_bytes"]
     memory = f", peak memory {peak_bytes / 1e6:.0f} MB" if peak_bytes else ""
-    click.echo(f"file to first token {1000 * report['first_token_seconds']:.0f} ms{memory}\n")
+    milliseconds = " ".join(f"{1000 * seconds:.0f}" for seconds in report["first_token_seconds"])
+    click.echo(f"file to first token {milliseconds} ms (min median max){memory}\n")
     click.echo(
         f"{'':30}{'tokens/s':>9}{'GB/s':>7}{'GOP/s':>7}{'% of floor':>11}   time of a step over decode 1 stream"
     )
