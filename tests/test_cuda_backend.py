@@ -431,7 +431,7 @@ def test_hostile_programs_batches_and_adapters_are_refused() -> None:
             executable.step(batch([run]))
     for lowered, message in (
         (Lowered((plain(4, 63, 128, 1),)), "do not fit"),
-        (Lowered((plain(4, 64, 128, 1, "int8"), plain(4, 64, 127, 1))), "does not fit"),
+        (Lowered((plain(4, 64, 128, 1, "int8"), plain(4, 64, 127, 1))), "do not fit"),
         (Lowered(rotation=random(1, 2, 64, 64)[:1]), "rotation"),
         (Lowered((replace(sparse(64, 128, 1), columns=sparse(64, 128, 1).columns[::-1]),)), "column"),
     ):

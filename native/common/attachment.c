@@ -1,109 +1,140 @@
-/* An adapter in the normal form: every size, index and number checked against its attach point. */
+/* An adapter in the normal form: every size, index and number checked against its attach point, so that nothing later
+ * reads beyond what it was given. */
 #include <math.h>
 
 #include "common.h"
 
-/* Where in an attachment something is wrong. */
+/* Where a term is attached, for its checks and messages. */
 typedef struct {
-  const adrt_attachment *attachment;
-  const attach_point *point;
-  int32_t index; /* of the term */
+  int32_t target, k;
+  bool embed;
+  int64_t out, inner; /* an embedding's input is one-hot over its rows */
   adrt_error *error;
 } place;
 
-#define WRONG(p, format, ...)                                                                                 \
-  cpu_fail((p)->error, ADRT_BAD_ARGUMENT, "target %d, term %d: " format, (p)->attachment->target, (p)->index, \
-           __VA_ARGS__)
-
-static bool quantized(int32_t dtype) { return dtype > ADRT_BF16; }
-
-static int check_low_rank(const place *p, const adrt_term *t) {
-  int64_t out = p->point->out, inner = p->point->inner;
-  matrix u, v;
-  int code = cpu_matrix(&t->v, "adapter V of term", p->index, &v, p->error);
-  if (code != ADRT_OK) return code;
-  if (v.cols < inner || (quantized(v.dtype) && v.cols != inner))
-    return WRONG(p, "V [%lld, %lld] does not fit [rank, %lld]", (long long)v.rows, (long long)v.cols,
-                 (long long)inner);
-  if (!t->u.data) {
-    if (v.rows != out)
-      return WRONG(p, "V [%lld, %lld] without U does not fit [%lld, %lld]", (long long)v.rows,
-                   (long long)v.cols, (long long)out, (long long)inner);
-    return ADRT_OK;
-  }
-  code = cpu_matrix(&t->u, "adapter U of term", p->index, &u, p->error);
-  if (code != ADRT_OK) return code;
-  bool transposed = quantized(u.dtype);
-  if (transposed ? u.rows != v.rows || u.cols != out : u.cols != v.rows || u.rows < out)
-    return WRONG(p, "U [%lld, %lld] and V [%lld, %lld] do not fit [%lld, rank] [rank, %lld]",
-                 (long long)(transposed ? u.cols : u.rows), (long long)(transposed ? u.rows : u.cols),
-                 (long long)v.rows, (long long)v.cols, (long long)out, (long long)inner);
+static int check_array(const place *at, const char *name, const void *array, bool needed) {
+  if ((uintptr_t)array % 4 || (needed && !array))
+    return cpu_fail(at->error, ADRT_BAD_ARGUMENT, "target %d, term %d: %s is %s", at->target, at->k, name,
+                    array ? "not aligned to its items" : "NULL");
   return ADRT_OK;
 }
 
-static int check_sparse(const place *p, const adrt_term *t) {
-  bool embed = p->point->kind == ADRT_EMBED;
-  int64_t rows = embed ? p->point->inner : p->point->out, cols = embed ? p->point->out : p->point->inner;
-  if (t->n_values < 0 || t->n_values > INT32_MAX || !t->row_start ||
-      (t->n_values && (!t->columns || !t->values)))
-    return WRONG(p, "%lld values, or a NULL array", (long long)t->n_values);
-  if (t->row_start[0] || t->row_start[rows] != t->n_values)
-    return WRONG(p, "row_start goes from %d to %d, expected 0 to %lld", t->row_start[0], t->row_start[rows],
-                 (long long)t->n_values);
+static int check_tensor(const place *at, const char *name, const adrt_tensor *tensor, int32_t last_dtype, matrix *out) {
+  int code = cpu_matrix(tensor, name, at->k, out, at->error);
+  if (code == ADRT_OK && out->dtype > last_dtype)
+    return cpu_fail(at->error, ADRT_BAD_ARGUMENT, "target %d: %s %d is %s, expected f32, f16 or bf16", at->target, name,
+                    at->k, cpu_dtype_name(out->dtype));
+  return code;
+}
+
+/* A float V may be wider than the input, and a float U taller than the output; a quantized U lies transposed. */
+static bool low_rank_fits(const place *at, const matrix *u, const matrix *v) {
+  bool whole = cpu_is_quantized(v->dtype);
+  if (whole ? v->cols != at->inner : v->cols < at->inner) return false;
+  if (!u) return v->rows == at->out;
+  if (cpu_is_quantized(u->dtype)) return u->rows == v->rows && u->cols == at->out;
+  return u->cols == v->rows && u->rows >= at->out;
+}
+
+static int check_low_rank(const place *at, const adrt_term *in) {
+  matrix u = {0}, v;
+  bool dense = !in->u.data;
+  int code = check_tensor(at, "adapter V of term", &in->v, ADRT_NF4, &v);
+  if (code == ADRT_OK && !dense) code = check_tensor(at, "adapter U of term", &in->u, ADRT_NF4, &u);
+  if (code == ADRT_OK) code = check_array(at, "d", in->d, false);
+  if (code == ADRT_OK) code = check_array(at, "e", in->e, false);
+  if (code != ADRT_OK || low_rank_fits(at, dense ? NULL : &u, &v)) return code;
+  return cpu_fail(at->error, ADRT_BAD_ARGUMENT,
+                  "target %d, term %d: %s U [%lld, %lld] and %s V [%lld, %lld] do not fit [%lld, rank] [rank, %lld]",
+                  at->target, at->k, dense ? "no" : cpu_dtype_name(u.dtype), (long long)u.rows, (long long)u.cols,
+                  cpu_dtype_name(v.dtype), (long long)v.rows, (long long)v.cols, (long long)at->out,
+                  (long long)at->inner);
+}
+
+static int check_rows(const place *at, const adrt_term *in, int64_t rows, int64_t cols) {
+  const int32_t *start = in->row_start;
+  if (start[0] != 0)
+    return cpu_fail(at->error, ADRT_BAD_ARGUMENT, "target %d, term %d: row_start[0] is %d, expected 0", at->target,
+                    at->k, start[0]);
   for (int64_t r = 0; r < rows; r++)
-    if (t->row_start[r + 1] < t->row_start[r])
-      return WRONG(p, "row_start falls from %d to %d at row %lld", t->row_start[r], t->row_start[r + 1],
-                   (long long)r);
+    if (start[r + 1] < start[r] || start[r + 1] > in->n_values)
+      return cpu_fail(at->error, ADRT_BAD_ARGUMENT, "target %d, term %d: row_start[%lld] is %d after %d, of %lld values",
+                      at->target, at->k, (long long)r + 1, start[r + 1], start[r], (long long)in->n_values);
+  if (start[rows] != in->n_values)
+    return cpu_fail(at->error, ADRT_BAD_ARGUMENT, "target %d, term %d: %lld rows end at value %d of %lld", at->target,
+                    at->k, (long long)rows, start[rows], (long long)in->n_values);
   for (int64_t r = 0; r < rows; r++) {
-    for (int32_t k = t->row_start[r]; k < t->row_start[r + 1]; k++) {
-      int32_t before = k > t->row_start[r] ? t->columns[k - 1] : -1;
-      if (t->columns[k] <= before || t->columns[k] >= cols)
-        return WRONG(p, "row %lld has column %d after %d, expected rising ones below %lld", (long long)r,
-                     t->columns[k], before, (long long)cols);
-    }
+    int64_t previous = -1;
+    for (int64_t k = start[r]; k < start[r + 1]; previous = in->columns[k++])
+      if (in->columns[k] <= previous || in->columns[k] >= cols)
+        return cpu_fail(at->error, ADRT_BAD_ARGUMENT,
+                        "target %d, term %d: row %lld has column %d after %lld, of %lld columns", at->target, at->k,
+                        (long long)r, in->columns[k], (long long)previous, (long long)cols);
   }
   return ADRT_OK;
 }
 
-static int check_kronecker(const place *p, const adrt_term *t) {
-  matrix u, v;
-  int code = cpu_matrix(&t->u, "adapter W1 of term", p->index, &u, p->error);
-  if (code == ADRT_OK) code = cpu_matrix(&t->v, "adapter W2 of term", p->index, &v, p->error);
+static int check_sparse(const place *at, const adrt_term *in) {
+  int64_t rows = at->embed ? at->inner : at->out, cols = at->embed ? at->out : at->inner;
+  if (in->n_values < 0 || in->n_values > INT32_MAX)
+    return cpu_fail(at->error, ADRT_BAD_ARGUMENT, "target %d, term %d: impossible %lld values", at->target, at->k,
+                    (long long)in->n_values);
+  int code = check_array(at, "row_start", in->row_start, true);
+  if (code == ADRT_OK) code = check_array(at, "columns", in->columns, in->n_values > 0);
+  if (code == ADRT_OK) code = check_array(at, "values", in->values, in->n_values > 0);
+  return code == ADRT_OK ? check_rows(at, in, rows, cols) : code;
+}
+
+static int check_kronecker(const place *at, const adrt_term *in) {
+  matrix w1, w2;
+  int code = check_tensor(at, "adapter W1 of term", &in->u, ADRT_BF16, &w1);
+  if (code == ADRT_OK) code = check_tensor(at, "adapter W2 of term", &in->v, ADRT_BF16, &w2);
   if (code != ADRT_OK) return code;
-  if (quantized(u.dtype) || quantized(v.dtype))
-    return WRONG(p, "W1 is %s and W2 is %s, expected f32, f16 or bf16", cpu_dtype_name(u.dtype),
-                 cpu_dtype_name(v.dtype));
-  if (p->point->kind == ADRT_EMBED || cpu_product(u.rows, v.rows, 1) != p->point->out ||
-      cpu_product(u.cols, v.cols, 1) != p->point->inner)
-    return WRONG(p, "[%lld, %lld] kron [%lld, %lld] does not fit [%lld, %lld]", (long long)u.rows,
-                 (long long)u.cols, (long long)v.rows, (long long)v.cols, (long long)p->point->out,
-                 (long long)p->point->inner);
+  if (at->embed || cpu_product(w1.rows, w2.rows, 1) != at->out || cpu_product(w1.cols, w2.cols, 1) != at->inner)
+    return cpu_fail(at->error, ADRT_BAD_ARGUMENT,
+                    "target %d, term %d: W1 [%lld, %lld] and W2 [%lld, %lld] do not make a %s of [%lld, %lld]",
+                    at->target, at->k, (long long)w1.rows, (long long)w1.cols, (long long)w2.rows, (long long)w2.cols,
+                    at->embed ? "table, which takes no Kronecker product" : "product", (long long)at->out,
+                    (long long)at->inner);
   return ADRT_OK;
 }
 
-static int check_term(const place *p, const adrt_term *t) {
-  if (!isfinite(t->scale)) return WRONG(p, "scale %g", (double)t->scale);
-  switch (t->kind) {
-    case ADRT_LOW_RANK: return check_low_rank(p, t);
-    case ADRT_SPARSE: return check_sparse(p, t);
-    case ADRT_KRONECKER: return check_kronecker(p, t);
-    default: return WRONG(p, "unknown kind %d", t->kind);
+static int check_term(const place *at, const adrt_term *in) {
+  if (!isfinite(in->scale))
+    return cpu_fail(at->error, ADRT_BAD_ARGUMENT, "target %d, term %d: scale %g", at->target, at->k,
+                    (double)in->scale);
+  switch (in->kind) {
+    case ADRT_LOW_RANK: return check_low_rank(at, in);
+    case ADRT_SPARSE: return check_sparse(at, in);
+    case ADRT_KRONECKER: return check_kronecker(at, in);
+    default:
+      return cpu_fail(at->error, ADRT_BAD_ARGUMENT, "target %d, term %d: unknown kind %d", at->target, at->k, in->kind);
   }
+}
+
+/* What an attachment's vectors must be: of floats, which are never read beyond the sizes of the operation. */
+static int check_vectors(const adrt_attachment *in, int32_t kind, int64_t inner, adrt_error *error) {
+  const float *const vectors[] = {in->g_in, in->rotation, in->g_out, in->c};
+  for (size_t i = 0; i < sizeof vectors / sizeof *vectors; i++)
+    if ((uintptr_t)vectors[i] % sizeof(float))
+      return cpu_fail(error, ADRT_BAD_ARGUMENT, "target %d: a vector is not aligned to its items", in->target);
+  if (kind == ADRT_NORM && (in->n_terms || in->g_in || in->rotation || in->c))
+    return cpu_fail(error, ADRT_BAD_ARGUMENT, "target %d is a norm, which takes g_out and nothing else", in->target);
+  if (in->rotation && (kind == ADRT_EMBED || in->rotation_block < 1 || inner % in->rotation_block))
+    return cpu_fail(error, ADRT_BAD_ARGUMENT, "target %d: a rotation in blocks of %lld does not fit %s of %lld inputs",
+                    in->target, (long long)in->rotation_block, kind == ADRT_EMBED ? "an embedding" : "a product",
+                    (long long)inner);
+  return ADRT_OK;
 }
 
 int cpu_validate_attachment(const adrt_attachment *a, const attach_point *point, adrt_error *error) {
   if (a->n_terms < 0 || (a->n_terms && !a->terms))
     return cpu_fail(error, ADRT_BAD_ARGUMENT, "target %d: %d terms%s", a->target, a->n_terms,
                     a->n_terms < 0 ? "" : ", NULL");
-  if (point->kind == ADRT_NORM && (a->n_terms || a->g_in || a->rotation || a->c))
-    return cpu_fail(error, ADRT_BAD_ARGUMENT, "target %d: a norm takes g_out and nothing else", a->target);
-  if (a->rotation && (point->kind == ADRT_EMBED || a->rotation_block < 1 || point->inner % a->rotation_block))
-    return cpu_fail(error, ADRT_BAD_ARGUMENT, "target %d: a rotation in blocks of %lld does not fit %lld inputs",
-                    a->target, (long long)a->rotation_block, (long long)point->inner);
-  for (int32_t k = 0; k < a->n_terms; k++) {
-    const place p = {a, point, k, error};
-    int code = check_term(&p, &a->terms[k]);
-    if (code != ADRT_OK) return code;
+  int code = check_vectors(a, point->kind, point->inner, error);
+  for (int32_t k = 0; code == ADRT_OK && k < a->n_terms; k++) {
+    const place at = {a->target, k, point->kind == ADRT_EMBED, point->out, point->inner, error};
+    code = check_term(&at, &a->terms[k]);
   }
-  return ADRT_OK;
+  return code;
 }

@@ -16,21 +16,6 @@ void cpu_free_adapter(adrt_executable *e, adapter *a) {
   cpu_free(a);
 }
 
-/* What an attachment's vectors must be: of floats, which are never read beyond the sizes of the operation. */
-static int check_vectors(const adrt_attachment *in, int32_t kind, int64_t inner, adrt_error *error) {
-  const float *const vectors[] = {in->g_in, in->rotation, in->g_out, in->c};
-  for (size_t i = 0; i < sizeof vectors / sizeof *vectors; i++)
-    if ((uintptr_t)vectors[i] % sizeof(float))
-      return cpu_fail(error, ADRT_BAD_ARGUMENT, "target %d: a vector is not aligned to its items", in->target);
-  if (kind == ADRT_NORM && (in->n_terms || in->g_in || in->rotation || in->c))
-    return cpu_fail(error, ADRT_BAD_ARGUMENT, "target %d is a norm, which takes g_out and nothing else", in->target);
-  if (in->rotation && (kind == ADRT_EMBED || in->rotation_block < 1 || inner % in->rotation_block))
-    return cpu_fail(error, ADRT_BAD_ARGUMENT, "target %d: a rotation in blocks of %lld does not fit %s of %lld inputs",
-                    in->target, (long long)in->rotation_block, kind == ADRT_EMBED ? "an embedding" : "a product",
-                    (long long)inner);
-  return ADRT_OK;
-}
-
 static int attach_rotation(adrt_executable *e, const adrt_attachment *in, int64_t inner, attachment *result,
                            adrt_error *error) {
   if (!in->rotation) return ADRT_OK;
@@ -45,11 +30,12 @@ static int attach_rotation(adrt_executable *e, const adrt_attachment *in, int64_
   return ADRT_OK;
 }
 
-static int attach_terms(adrt_executable *e, const adrt_attachment *in, attachment *result, adrt_error *error) {
+static int attach_terms(adrt_executable *e, const adrt_attachment *in, int64_t inner, attachment *result,
+                        adrt_error *error) {
   if (!(result->terms = cpu_calloc(in->n_terms, sizeof *result->terms)))
     return cpu_fail(error, ADRT_NO_MEMORY, "target %d: no memory for %d terms", in->target, in->n_terms);
   for (int32_t k = 0; k < in->n_terms; k++) {
-    int code = cpu_make_term(e, &in->terms[k], in->target, k, &result->terms[k], error);
+    int code = cpu_make_term(e, &in->terms[k], inner, &result->terms[k], error);
     if (code != ADRT_OK) return code;
     result->n_terms = k + 1;
   }
@@ -60,11 +46,10 @@ static int attach_target(adrt_executable *e, adapter *a, const adrt_attachment *
   if (in->target < 0 || in->target >= e->n_targets || a->by_target[in->target])
     return cpu_fail(error, ADRT_BAD_ARGUMENT, "attach: target %d of %d is %s", in->target, e->n_targets,
                     in->target >= 0 && in->target < e->n_targets ? "given twice" : "out of range");
-  if (in->n_terms < 0 || (in->n_terms && !in->terms))
-    return cpu_fail(error, ADRT_BAD_ARGUMENT, "target %d: %d terms%s", in->target, in->n_terms,
-                    in->n_terms < 0 ? "" : ", NULL");
   const instruction *at = &e->instructions[e->instruction_of_target[in->target]];
-  int code = check_vectors(in, at->op.kind, at->weight.cols, error);
+  bool embed = at->op.kind == ADRT_EMBED;
+  const attach_point point = {at->op.kind, at->width, embed ? at->weight.rows : at->weight.cols};
+  int code = cpu_validate_attachment(in, &point, error);
   if (code != ADRT_OK) return code;
   attachment *result = a->by_target[in->target] = cpu_calloc(1, sizeof *result);
   if (!result) return cpu_fail(error, ADRT_NO_MEMORY, "no memory for target %d", in->target);
@@ -72,8 +57,8 @@ static int attach_target(adrt_executable *e, adapter *a, const adrt_attachment *
   result->g_out = in->g_out;
   result->c = in->c;
   result->scales_bias = in->scales_bias != 0;
-  code = attach_rotation(e, in, at->weight.cols, result, error);
-  return code == ADRT_OK ? attach_terms(e, in, result, error) : code;
+  code = attach_rotation(e, in, point.inner, result, error);
+  return code == ADRT_OK ? attach_terms(e, in, point.inner, result, error) : code;
 }
 
 int cpu_attach(adrt_executable *e, int32_t n, const adrt_attachment *attachments, int32_t *handle,

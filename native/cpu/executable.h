@@ -225,8 +225,8 @@ static inline const uint8_t *cpu_panel(const panels *p, int64_t row) {
   return p->items + cpu_bytes_of(p->dtype, row / PANEL * p->stride);
 }
 
-/* Check the term `k` of a target and make ready what it needs; a failed one holds nothing. */
-int cpu_make_term(adrt_executable *e, const adrt_term *in, int32_t target, int32_t k, term *out, adrt_error *error);
+/* Make ready what a checked term of an operation with `inner` inputs needs; a failed one holds nothing. */
+int cpu_make_term(adrt_executable *e, const adrt_term *in, int64_t inner, term *out, adrt_error *error);
 /* Its two halves (terms.c). `y` starts at row0 and holds the rows of the operation's output for the segment's tokens. */
 int64_t cpu_rows_per_job(const term *t);
 int64_t cpu_rows_to_prepare(const term *t);
