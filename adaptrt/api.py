@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -19,7 +19,7 @@ from adaptrt.adapters.algebra import Combination, Recipe, SignMethod, combine
 from adaptrt.adapters.base import BaseView, open_base
 from adaptrt.adapters.stack import lower
 from adaptrt.adapters.storage import PREFIX, check_base, check_name, list_adapters, only_adapter, read_adapter
-from adaptrt.adapters.variant import Adapter, Variant
+from adaptrt.adapters.variant import Adapter, Progress, Variant, no_progress
 from adaptrt.backends.base import Backend, LoadOptions, Precision
 from adaptrt.convert.peft import import_peft
 from adaptrt.engine.adapters import AdapterSet, Stack
@@ -46,7 +46,6 @@ log = logging.getLogger("adaptrt")
 # What `auto` tries, in this order. cuda has to be asked for until its figures are those of spec/performance.md.
 AUTO_BACKENDS = ("cpu", "reference")
 DEMO = Path(__file__).parent / "demo" / "demo.adrt"
-Progress = Callable[[int, int], None]
 
 
 def load(
@@ -116,7 +115,12 @@ def _first_available(registry: Registry) -> Backend:
 
 
 def find_adapter(
-    source: str | Path, file: File, base: BaseView, variants: Mapping[str, Variant], cleanup: ExitStack
+    source: str | Path,
+    file: File,
+    base: BaseView,
+    variants: Mapping[str, Variant],
+    cleanup: ExitStack,
+    progress: Progress = no_progress,
 ) -> Adapter:
     """The adapter inside `file` of that name, or of an `.adrt` file (which `cleanup` closes), or of a PEFT folder.
 
@@ -127,7 +131,7 @@ def find_adapter(
         return read_adapter(file, f"{PREFIX}{source}")
     path = Path(source)
     if path.is_dir():
-        return import_peft(path, variants, base)
+        return import_peft(path, variants, base, progress=progress)
     if not path.exists():
         raise UnknownAdapterError(
             f"adapter {str(source)!r}: no such file or folder, and not inside {file.path} "
@@ -187,15 +191,23 @@ class Model:
         """Names of the adapters inside the model's own file; naming one loads it."""
         return list_adapters(self._file)
 
-    def load_adapter(self, path: str | Path, name: str | None = None) -> str:
+    def load_adapter(
+        self,
+        path: str | Path,
+        name: str | None = None,
+        scale: float = 1.0,
+        progress: Progress = no_progress,
+    ) -> str:
         """Load an adapter and return its name; it acts once a call or `set_adapter` names it.
 
-        `path` is the name of an adapter inside the model's file, an `.adrt` adapter file, or a PEFT folder. Raises
-        AdapterError naming everything in it that cannot be honoured, or BaseMismatchError saying what differs.
+        `path` is the name of an adapter inside the model's file, an `.adrt` adapter file, or a PEFT folder. It is made
+        ready for `scale`; for any other it is when that is first used. `progress` is called with (targets done, targets
+        in all), more than once over. Raises AdapterError naming everything in it that cannot be honoured, or
+        BaseMismatchError saying what differs.
         """
-        adapter = find_adapter(path, self._file, self._base, self._registry.variants, self._cleanup)
+        adapter = find_adapter(path, self._file, self._base, self._registry.variants, self._cleanup, progress)
         name = name or adapter.name
-        self._adapters.add(name, adapter)
+        self._adapters.add(name, adapter, scale, progress)
         return name
 
     def unload_adapter(self, name: str) -> None:
@@ -246,17 +258,17 @@ class Model:
         self._adapters.add(adapter_name, combined)
         return adapter_name
 
-    def _lower(self, adapter: Adapter, scale: float) -> Mapping[str, Any]:
-        return lower(adapter, self._registry.variants, self._base, scale)
+    def _lower(self, adapter: Adapter, scale: float, progress: Progress) -> Mapping[str, Any]:
+        return lower(adapter, self._registry.variants, self._base, scale, progress)
 
     def _resolve(self, adapters: AdapterSpec) -> Stack:
         """A stack of loaded adapters; one that is stored in the model's file is loaded when first named."""
         if adapters is None:
             return self._active
         stack = as_stack(adapters)
-        for name, _ in stack:
+        for name, scale in stack:
             if name not in self._adapters.loaded and name in self.stored_adapters:
-                self.load_adapter(name)
+                self.load_adapter(name, scale=scale)
         return stack
 
     # Text

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from adaptrt.adapters.lora import LoraVariant
 from adaptrt.adapters.problems import Problems
 from adaptrt.adapters.stored import declared_form
-from adaptrt.adapters.variant import Adapter, Target
+from adaptrt.adapters.variant import Adapter, Progress, Target, no_progress
 from adaptrt.errors import AdapterError
 from adaptrt.quant.plain import to_float32
 from adaptrt.tensor import Tensor
@@ -32,7 +32,6 @@ Combination = Literal[
 ]  # fmt: skip
 SignMethod = Literal["total", "frequency"]
 Floats = NDArray[np.float32]
-Progress = Callable[[int, int], None]  # targets done, in all
 
 FAMILY = ("lora", "rslora")  # what s·B·A is all of
 
@@ -85,7 +84,7 @@ def combine(
     weights: Sequence[float],
     name: str,
     recipe: Recipe,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> Adapter:
     """A LoRA adapter `name` of scale 1. Raises AdapterError naming what cannot be combined.
 

@@ -112,7 +112,7 @@ def _check_roles(
     base: BaseWeight,
     problems: Problems,
 ) -> None:
-    for role in sorted(variant.roles.keys() - variant.optional - roles.keys()):
+    for role in sorted(variant.roles.keys() - variant.optional - variant.derived - roles.keys()):
         problems.add(f"tensor {role} is missing")
     known = {name: int(value) for name, value in params.items() if type(value) is int} | sizes(base)
     for role, tensor in roles.items():

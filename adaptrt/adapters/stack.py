@@ -14,7 +14,7 @@ from adaptrt.adapters.fit import AttachPoint, check_fit
 from adaptrt.adapters.normal import Lowered, LoweredAdapter
 from adaptrt.adapters.problems import Problems
 from adaptrt.adapters.stored import declared_form, with_stored
-from adaptrt.adapters.variant import Adapter, BaseWeight, Target, Variant
+from adaptrt.adapters.variant import Adapter, BaseWeight, Progress, Target, Variant, no_progress
 from adaptrt.errors import AdapterError
 from adaptrt.tensor import Tensor
 
@@ -27,17 +27,27 @@ class Base(Protocol):
         """BaseWeight by target name."""
 
 
-def lower(adapter: Adapter, variants: Mapping[str, Variant], base: Base, scale: float) -> LoweredAdapter:
+def lower(
+    adapter: Adapter,
+    variants: Mapping[str, Variant],
+    base: Base,
+    scale: float,
+    progress: Progress = no_progress,
+) -> LoweredAdapter:
     """The normal form of every target at the user's `scale`; nothing at scale 0.
 
     Raises AdapterError for a scale that is not finite, for a variant that is not installed, and naming
     everything in the adapter that does not fit its variant or the base.
     """
-    return dict(lower_each(adapter, variants, base, scale))
+    return dict(lower_each(adapter, variants, base, scale, progress))
 
 
 def lower_each(
-    adapter: Adapter, variants: Mapping[str, Variant], base: Base, scale: float
+    adapter: Adapter,
+    variants: Mapping[str, Variant],
+    base: Base,
+    scale: float,
+    progress: Progress = no_progress,
 ) -> Iterator[tuple[str, Lowered]]:
     """As `lower`, a target at a time, so that whoever keeps none needs memory for one. Raises by its end."""
     what = f"adapter {adapter.name!r}"
@@ -49,7 +59,7 @@ def lower_each(
     problems.raise_for(what)
     if scale == 0:
         return
-    for target in adapter.targets:
+    for done, target in enumerate(adapter.targets, start=1):
         weight = base.targets[target.target]
         try:
             with np.errstate(all="ignore"):  # what overflows is no longer finite: check_fit refuses it
@@ -60,6 +70,7 @@ def lower_each(
         size = sizes(weight)
         point = AttachPoint(weight.kind, size["out"], size["in"])
         check_fit(result, point, problems.about(target.target))
+        progress(done, len(adapter.targets))
         yield target.target, result
     problems.raise_for(f"{what}: lowered by variant {variant.name}")
 

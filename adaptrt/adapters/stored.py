@@ -58,9 +58,10 @@ def with_stored(lowered: Lowered, stored: Mapping[Tensor, Tensor]) -> Lowered:
 def convert_tensors(adapter: Adapter, variant: Variant, dtype: AdapterDtype) -> Adapter:
     """The adapter with its large tensors in another dtype: to int8 and nf4 its factors, else all matrices.
 
-    Vectors and whole numbers stay as they are. Raises AdapterError when there is nothing to convert, or a value is
-    beyond the dtype's range.
+    Vectors and whole numbers stay, and what was derived from the old tensors is left out. Raises AdapterError
+    when there is nothing to convert, or a value is beyond the dtype's range.
     """
+    adapter = without_derived(adapter, variant)
     chosen: dict[str, Dims] = {}
     for target in adapter.targets:
         for role, name in target.tensors.items():
@@ -74,6 +75,17 @@ def convert_tensors(adapter: Adapter, variant: Variant, dtype: AdapterDtype) -> 
         )
     converted = {name: _convert(name, adapter.tensors[name], dims, dtype) for name, dims in chosen.items()}
     return replace(adapter, tensors={**adapter.tensors, **converted})
+
+
+def without_derived(adapter: Adapter, variant: Variant) -> Adapter:
+    """The adapter without the tensors of `variant.derived`."""
+    targets = tuple(
+        replace(t, tensors={role: name for role, name in t.tensors.items() if role not in variant.derived})
+        for t in adapter.targets
+    )
+    kept = {name for target in targets for name in target.tensors.values()}
+    tensors = {name: tensor for name, tensor in adapter.tensors.items() if name in kept}
+    return replace(adapter, targets=targets, tensors=tensors)
 
 
 def _convert(name: str, tensor: Tensor, dims: Dims, dtype: AdapterDtype) -> Tensor:

@@ -7,7 +7,7 @@ A new method is one subclass, published through the `adaptrt_variants` hook; it 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -20,7 +20,16 @@ from adaptrt.adapters.problems import Problems
 from adaptrt.tensor import Tensor
 
 Floats = NDArray[np.float32]
-BLOCK_VALUES = 1 << 20  # weights that `over_rows` dequantizes at a time, about
+# Weights that `over_rows` dequantizes at a time, about. Arrays above 128 KiB are mapped anew at every use, and their
+# page faults cost more than the arithmetic.
+BLOCK_VALUES = 1 << 15
+
+Progress = Callable[[int, int], None]  # targets done, in all
+
+
+def no_progress(done: int, total: int) -> None:
+    """For whoever shows none."""
+
 
 Params = Mapping[str, float | int | str | bool]
 Roles = Mapping[str, str]
@@ -47,15 +56,16 @@ class BaseWeight(Protocol):
         """The base bias [out], if it has one."""
 
 
-def over_rows(base: BaseWeight, work: Callable[[slice, Floats], Floats]) -> list[Floats]:
-    """What `work` makes of every few rows of the weight, given which they are and their values; not for a norm.
+def over_rows(base: BaseWeight, work: Callable[[slice, Floats], Floats]) -> Iterator[Floats]:
+    """What `work` makes of every few rows of the weight in turn, given which they are and their values; not for a norm.
 
     The whole dequantized weight never exists at once.
     """
     rows, cols = base.shape
     step = max(1, BLOCK_VALUES // cols)
-    blocks = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-    return [work(which, base.rows(which.start, which.stop)) for which in blocks]
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        yield work(slice(start, stop), base.rows(start, stop))
 
 
 @dataclass(frozen=True)
@@ -115,7 +125,8 @@ class Variant(ABC):
     `params` gives the type of every parameter of a Target. `roles` gives the shape of every tensor: `out` and
     `in` are the base's (an embedding maps `in` = vocabulary to `out` = width), a name in `params` is that
     number, any other name must be the same size wherever the target uses it. Roles in `optional` may be
-    absent, those in `integers` hold whole numbers. `options` adds to the options that every PEFT method has.
+    absent, those in `integers` hold whole numbers, those in `derived` come from `derive`. `options` adds to the options
+    that every PEFT method has.
     """
 
     name: str  # as stored in files and shown to users: "lora"
@@ -124,6 +135,7 @@ class Variant(ABC):
     roles: ClassVar[Mapping[str, tuple[str | int, ...]]]
     optional: ClassVar[frozenset[str]] = frozenset()
     integers: ClassVar[frozenset[str]] = frozenset()
+    derived: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def claims(self, config: Mapping[str, Any]) -> bool:
@@ -149,6 +161,14 @@ class Variant(ABC):
         Roles map to a suffix of `module.tensors` or to a key of `module.shared`. The importer refuses a role
         whose tensor is missing, and every tensor that no role names and `module.discard` did not leave out.
         """
+
+    def derive(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight) -> Mapping[str, Tensor]:
+        """The roles in `derived`: what `lower` needs of the whole base weight, computed and stored once, at import.
+
+        For a method whose `lower` would otherwise go over the base at every load and every scale. An adapter may still
+        come without them.
+        """
+        return {}
 
     @abstractmethod
     def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight, scale: float) -> Lowered:

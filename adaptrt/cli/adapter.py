@@ -16,7 +16,7 @@ from adaptrt.adapters.stack import lower
 from adaptrt.adapters.storage import PREFIX, check_name, list_adapters
 from adaptrt.api import find_adapter
 from adaptrt.cli.inspect import adapter_line, describe_adapter
-from adaptrt.cli.notes import Progress, note
+from adaptrt.cli.notes import SOON, Progress, note
 from adaptrt.cli.options import PATH, as_json, check_new, grouped, model_path, parse_adapter
 from adaptrt.cli.store import store_adapter
 from adaptrt.convert.peft import write_adapter_file
@@ -37,8 +37,13 @@ def command() -> None:
 def add(file: Path, adapter: Path, name: str | None) -> None:
     """Append ADAPTER, an .adrt file or a PEFT folder, to FILE."""
     registry = load_registry()
-    with open_file(file) as model, append(file) as appender:
-        stored = store_adapter(appender, adapter, name, open_base(model, registry.architectures), registry)
+    with (
+        open_file(file) as model,
+        append(file) as appender,
+        Progress(f"adding {adapter}", after=SOON) as progress,
+    ):
+        base = open_base(model, registry.architectures)
+        stored = store_adapter(appender, adapter, name, base, registry, progress)
     note(f"added adapter {stored} to {file}")
 
 
@@ -107,11 +112,11 @@ def combine_command(
         file = cleanup.enter_context(open_file(source))
         view = open_base(file, registry.architectures)
         found = [find_adapter(choice.source, file, view, registry.variants, cleanup) for choice in choices]
+        weights = [choice.scale for choice in choices]
         with Progress(f"combining into {out}") as progress:
-            weights = [choice.scale for choice in choices]
             adapter = combine(found, weights, name or out.stem, recipe, progress)
-        lower(adapter, registry.variants, view, 1.0)  # what cannot be run is not written
-        write_adapter_file(out, replace(adapter, base=view.record()))
+            lower(adapter, registry.variants, view, 1.0)  # what cannot be run is not written
+            write_adapter_file(out, replace(adapter, base=view.record()))
     note(f"wrote {out}, {out.stat().st_size / 1e6:.1f} MB")
 
 

@@ -9,7 +9,7 @@ import click
 
 from adaptrt.adapters.storage import PREFIX, list_adapters, only_adapter, read_adapter
 from adaptrt.adapters.stored import AdapterDtype
-from adaptrt.cli.notes import Progress, note, show_adapter_notes
+from adaptrt.cli.notes import SOON, Progress, note, show_adapter_notes
 from adaptrt.cli.options import PATH, check_new, grouped
 from adaptrt.convert.base import ConvertOptions, Importer, WeightDtype
 from adaptrt.convert.to_peft import export_peft
@@ -78,8 +78,10 @@ def _export(src: Path, out: Path, options: dict[str, Any]) -> None:
         if value is not None:
             raise ConvertError(f"{src}: option {key} does not go with --to peft")
     with open_file(src) as file:
-        adapter = read_adapter(file, PREFIX + only_adapter(file))
-        for line in export_peft(adapter, load_registry().variants, out):
+        with Progress(f"exporting {src}", after=SOON):
+            adapter = read_adapter(file, PREFIX + only_adapter(file))
+            lines = export_peft(adapter, load_registry().variants, out)
+        for line in lines:
             note(f"adapter {adapter.name}: {line}")
     note(f"wrote {out}")
 

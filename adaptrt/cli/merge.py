@@ -10,7 +10,7 @@ import click
 
 from adaptrt.adapters.base import open_base
 from adaptrt.api import find_adapter
-from adaptrt.cli.notes import Progress, note, show_adapter_notes
+from adaptrt.cli.notes import SOON, Progress, note, show_adapter_notes
 from adaptrt.cli.options import PATH, check_new, model_path, parse_adapter
 from adaptrt.convert.merge import MergedModel, merge_model, quantization_error, write_merged
 from adaptrt.convert.to_hf import FullDtype, write_hf
@@ -52,11 +52,13 @@ def command(
         view = open_base(file, registry.architectures)
         architecture = registry.architectures[view.architecture]
         stack = []
-        for choice in choices:
-            adapter = find_adapter(choice.source, file, view, registry.variants, cleanup)
+        with Progress("preparing the adapters", after=SOON) as progress:
+            for choice in choices:
+                adapter = find_adapter(choice.source, file, view, registry.variants, cleanup, progress)
+                stack.append((adapter, choice.scale))
+            model = merge_model(file, architecture, view, stack, registry.variants, progress)
+        for adapter, _ in stack:
             show_adapter_notes(adapter)
-            stack.append((adapter, choice.scale))
-        model = merge_model(file, architecture, view, stack, registry.variants)
         if to == "hf":
             with Progress(f"merging into {out}") as progress:
                 write_hf(model, architecture, out, dtype or "f32", progress)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 BAR_WIDTH = 30
 REDRAW_SECONDS = 0.1
+SOON = 1.0  # seconds after which something that is usually quick shows its progress
 
 
 def note(message: str) -> None:
@@ -42,30 +44,51 @@ def show_warnings() -> None:
 
 
 class Progress:
-    """Called with (done, in all, what): a bar on a terminal, elsewhere a line at the start and at the end."""
+    """Called with (done, in all, what): a bar on a terminal, elsewhere a line at the start and at the end.
 
-    def __init__(self, label: str) -> None:
+    With `after`, nothing is shown before so many seconds have passed: for what is quick most of the time.
+    """
+
+    def __init__(self, label: str, after: float = 0.0) -> None:
         self._label = label
         self._terminal = sys.stderr.isatty()
         self._started = time.monotonic()
-        self._drawn = 0.0
+        self._share, self._drawn = 0.0, 0.0
+        self._shown = False
+        self._timer = threading.Timer(after, self._show) if after else None
 
     def __enter__(self) -> Progress:
-        if not self._terminal:
-            note(f"{self._label} …")
+        if self._timer is None:
+            self._show()
+        else:
+            self._timer.daemon = True
+            self._timer.start()
         return self
 
     def __call__(self, done: int, total: int, what: str = "") -> None:
         """Redraw the bar, at most ten times a second; `what` is too quick to be read."""
+        self._share = min(1.0, done / total) if total else 1.0
         now = time.monotonic()
-        if self._terminal and (now - self._drawn > REDRAW_SECONDS or done >= total):
-            self._drawn = now
-            share = min(1.0, done / total) if total else 1.0
-            bar = "█" * round(share * BAR_WIDTH)
-            click.echo(f"\r{self._label} {bar:░<{BAR_WIDTH}} {share:4.0%}", nl=False, err=True)
+        if self._shown and self._terminal and (now - self._drawn > REDRAW_SECONDS or done >= total):
+            self._draw()
+
+    def _show(self) -> None:
+        self._shown = True
+        if self._terminal:
+            self._draw()
+        else:
+            note(f"{self._label} …")
+
+    def _draw(self) -> None:
+        self._drawn = time.monotonic()
+        bar = "█" * round(self._share * BAR_WIDTH)
+        click.echo(f"\r{self._label} {bar:░<{BAR_WIDTH}} {self._share:4.0%}", nl=False, err=True)
 
     def __exit__(self, kind: type[BaseException] | None, *_: TracebackType | BaseException | None) -> None:
-        if self._terminal:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer.join()
+        if self._shown and self._terminal:
             click.echo(f"\r{' ' * (len(self._label) + BAR_WIDTH + 6)}\r", nl=False, err=True)
-        if kind is None:
+        if self._shown and kind is None:
             note(f"{self._label}: done in {time.monotonic() - self._started:.1f} s")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from adaptrt.cli.notes import show_adapter_notes
+from adaptrt.cli.notes import SOON, Progress, show_adapter_notes
 from adaptrt.engine.request import Sampling
 from adaptrt.errors import AdapterError, AdaptrtError
 
@@ -139,11 +139,13 @@ class Attached:
 
     def stack(self, choices: Sequence[AdapterChoice]) -> Stack:
         """Load what is new and name everything. Raises AdapterError for one that cannot be loaded."""
-        return [(self._name(choice.source), choice.scale) for choice in choices]
+        return [(self._name(choice), choice.scale) for choice in choices]
 
-    def _name(self, source: str) -> str:
+    def _name(self, choice: AdapterChoice) -> str:
+        source = choice.source
         if source not in self._names:
-            self._names[source] = self._model.load_adapter(source)
+            with Progress(f"loading adapter {source}", after=SOON) as progress:
+                self._names[source] = self._model.load_adapter(source, scale=choice.scale, progress=progress)
             show_adapter_notes(self._model.adapters[self._names[source]])
         return self._names[source]
 

@@ -14,6 +14,8 @@ from adaptrt.adapters.storage import (
     read_adapter,
     write_adapter,
 )
+from adaptrt.adapters.variant import Progress as TargetsDone
+from adaptrt.adapters.variant import no_progress
 from adaptrt.cli.notes import show_adapter_notes
 from adaptrt.convert.peft import import_peft
 from adaptrt.format import Appender, Writer, open_file
@@ -21,14 +23,19 @@ from adaptrt.plugins import Registry
 
 
 def store_adapter(
-    writer: Writer | Appender, source: Path, name: str | None, base: BaseView, registry: Registry
+    writer: Writer | Appender,
+    source: Path,
+    name: str | None,
+    base: BaseView,
+    registry: Registry,
+    progress: TargetsDone = no_progress,
 ) -> str:
     """Copy an adapter file's section verbatim, or import a PEFT folder; returns the name it is stored under.
 
     Raises AdapterError, and BaseMismatchError for an adapter that was made for another base.
     """
     if source.is_dir():
-        adapter = import_peft(source, registry.variants, base, name)
+        adapter = import_peft(source, registry.variants, base, name, progress=progress)
         show_adapter_notes(adapter)
         write_adapter(writer, replace(adapter, base=base.record()))
         return adapter.name

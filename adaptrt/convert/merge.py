@@ -18,7 +18,8 @@ from adaptrt.adapters.normal import Lowered, LoweredAdapter
 from adaptrt.adapters.problems import Problems
 from adaptrt.adapters.stack import lower
 from adaptrt.adapters.storage import KIND
-from adaptrt.adapters.variant import Adapter, Variant
+from adaptrt.adapters.variant import Adapter, Variant, no_progress
+from adaptrt.adapters.variant import Progress as TargetsDone
 from adaptrt.backends.native_quant import best_kernels
 from adaptrt.convert.base import Progress
 from adaptrt.errors import ConvertError
@@ -92,7 +93,12 @@ def row_runs(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
 
 
 def merge_model(
-    file: File, architecture: Architecture, base: BaseView, stack: Stack, variants: Mapping[str, Variant]
+    file: File,
+    architecture: Architecture,
+    base: BaseView,
+    stack: Stack,
+    variants: Mapping[str, Variant],
+    progress: TargetsDone = no_progress,
 ) -> MergedModel:
     """The merged model. Raises AdapterError naming every adapter and target that cannot be merged."""
     problems = Problems()
@@ -100,7 +106,7 @@ def merge_model(
         if invocation_tokens(adapter):
             problems.add(f"adapter {adapter.name!r} acts only after its invocation tokens")
     problems.raise_for("cannot merge", ConvertError)
-    lowered = tuple(lower(adapter, variants, base, scale) for adapter, scale in stack)
+    lowered = tuple(lower(adapter, variants, base, scale, progress) for adapter, scale in stack)
     for name, target in base.targets.items():
         acting = [one[name] for one in lowered if name in one]
         if (

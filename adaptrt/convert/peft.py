@@ -15,12 +15,14 @@ from typing import Any
 
 from adaptrt.adapters.base import BaseView, open_base
 from adaptrt.adapters.check import check_adapter
+from adaptrt.adapters.derive import with_derived
 from adaptrt.adapters.lora import other_methods
 from adaptrt.adapters.problems import Problems, brief
 from adaptrt.adapters.stack import lower, lower_each
 from adaptrt.adapters.storage import check_name, write_adapter
 from adaptrt.adapters.stored import AdapterDtype, convert_tensors
-from adaptrt.adapters.variant import Adapter, Module, Variant
+from adaptrt.adapters.variant import Adapter, Module, Variant, no_progress
+from adaptrt.adapters.variant import Progress as TargetsDone
 from adaptrt.convert.base import ConvertOptions, Progress
 from adaptrt.convert.files import open_regular, parse_object, read_exactly
 from adaptrt.convert.measure import TOKENS, logit_error
@@ -64,13 +66,17 @@ class PeftImporter:
             raise AdapterError(f"{out}: is the base itself; an adapter goes into a file of its own")
         with open_file(options.base) as file:
             base = open_base(file, options.architectures)
-            adapter = import_peft(src, options.variants, base, options.name, options.initial)
+
+            def targets_done(done: int, total: int) -> None:
+                progress(done, total, "")
+
+            adapter = import_peft(src, options.variants, base, options.name, options.initial, targets_done)
             check_name(adapter.name)
             if options.adapter_dtype is None:
-                for _ in lower_each(adapter, options.variants, base, 1.0):
+                for _ in lower_each(adapter, options.variants, base, 1.0, targets_done):
                     pass  # what cannot be run is not written
             else:
-                adapter = _with_dtype(adapter, base, options.variants, options.adapter_dtype)
+                adapter = _with_dtype(adapter, base, options.variants, options.adapter_dtype, targets_done)
             adapter = replace(adapter, base=base.record())
             write_adapter_file(out, adapter)
         total = sum(tensor.data.nbytes for tensor in adapter.tensors.values())
@@ -80,11 +86,17 @@ class PeftImporter:
 
 
 def _with_dtype(
-    adapter: Adapter, base: BaseView, variants: Mapping[str, Variant], dtype: AdapterDtype
+    adapter: Adapter,
+    base: BaseView,
+    variants: Mapping[str, Variant],
+    dtype: AdapterDtype,
+    progress: TargetsDone,
 ) -> Adapter:
     """The adapter with its large tensors in another dtype; says what that does to the logits."""
-    converted = convert_tensors(adapter, variants[adapter.variant], dtype)
-    error = logit_error(base, lower(adapter, variants, base, 1.0), lower(converted, variants, base, 1.0))
+    variant = variants[adapter.variant]
+    converted = with_derived(convert_tensors(adapter, variant, dtype), variant, base.targets, progress)
+    before, after = (lower(one, variants, base, 1.0, progress) for one in (adapter, converted))
+    error = logit_error(base, before, after)
     cost = f"moves the logits by {error:.2e} of their norm ({TOKENS} random token ids, float32)"
     log.info("%s: stored as %s, it %s", adapter.name, dtype, cost)
     return converted
@@ -96,6 +108,7 @@ def import_peft(
     base: BaseView,
     name: str | None = None,
     initial: Path | None = None,
+    progress: TargetsDone = no_progress,
 ) -> Adapter:
     """Read a PEFT folder into memory and check it against the base. `name` is the folder's own unless given.
 
@@ -134,7 +147,7 @@ def import_peft(
     if sound:
         check_adapter(adapter, variant, base.targets, problems)
     problems.raise_for(str(folder))
-    return adapter
+    return with_derived(adapter, variant, base.targets, progress)
 
 
 def write_adapter_file(out: Path, adapter: Adapter) -> None:

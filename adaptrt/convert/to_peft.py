@@ -40,9 +40,11 @@ def export_peft(adapter: Adapter, variants: Mapping[str, Variant], out: Path) ->
 
 
 def _plain_tensors(adapter: Adapter, variant: Variant) -> dict[str, Tensor]:
-    """Every tensor in a dtype and shape that PEFT knows."""
+    """Every tensor in a dtype and shape that PEFT knows, without what we computed from the base."""
     found = {}
     for target in adapter.targets:
         for role, name in target.tensors.items():
+            if role in variant.derived:
+                continue
             found[name] = declared_form(adapter.tensors[name], variant.roles.get(role, ()))
     return found

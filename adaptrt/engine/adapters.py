@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from adaptrt.adapters.invocation import acts_from, invocation_tokens
 from adaptrt.adapters.normal import LoweredAdapter
 from adaptrt.adapters.sharing import SharedTensors
-from adaptrt.adapters.variant import Adapter
+from adaptrt.adapters.variant import Adapter, Progress, no_progress
 from adaptrt.backends.base import Executable
 from adaptrt.errors import AdapterError, UnknownAdapterError
 
@@ -20,7 +20,9 @@ Stack = Sequence[tuple[str, float]]  # (adapter name, scale) in stacking order
 class AdapterSet:
     """Named adapters attached to one executable. Safe from several threads."""
 
-    def __init__(self, executable: Executable, lower: Callable[[Adapter, float], LoweredAdapter]) -> None:
+    def __init__(
+        self, executable: Executable, lower: Callable[[Adapter, float, Progress], LoweredAdapter]
+    ) -> None:
         self._executable = executable
         self._lower = lower
         self._adapters: dict[str, Adapter] = {}
@@ -35,8 +37,8 @@ class AdapterSet:
         """Loaded adapters by name."""
         return dict(self._adapters)
 
-    def add(self, name: str, adapter: Adapter) -> None:
-        """Load an adapter under a name; attaching it at scale 1 now shows at once whether it fits."""
+    def add(self, name: str, adapter: Adapter, scale: float = 1.0, progress: Progress = no_progress) -> None:
+        """Load an adapter under a name; attaching it now shows at once whether it fits. At scale 0 it is at 1."""
         with self._lock:
             if name in self._adapters:
                 raise AdapterError(
@@ -44,7 +46,7 @@ class AdapterSet:
                 )
             self._adapters[name] = self._shared.unite(adapter)
             try:
-                self._attach(name, 1.0)
+                self._attach(name, scale or 1.0, progress)
             except BaseException:
                 del self._adapters[name]
                 raise
@@ -84,11 +86,11 @@ class AdapterSet:
         acting = tuple(handle for handle in handles if places[handle] is not None)
         return acting, tuple(places[handle] or 0 for handle in acting)
 
-    def _attach(self, name: str, scale: float) -> int:
+    def _attach(self, name: str, scale: float, progress: Progress = no_progress) -> int:
         key = (name, scale)
         if key not in self._handles:
             adapter = self._find(name)
-            handle = self._executable.attach(self._lower(adapter, scale))
+            handle = self._executable.attach(self._lower(adapter, scale, progress))
             self._handles[key], self._invocations[handle] = handle, invocation_tokens(adapter)
         return self._handles[key]
 

@@ -51,7 +51,7 @@ class HraVariant(Variant):
         vectors = to_float32(tensors["u"]).astype(np.float64)
         y, z = orthogonal(vectors) if params["orthogonalize"] else reflections(vectors)
         narrow = z.astype(np.float32)
-        product = np.concatenate(over_rows(base, lambda _, rows: rows @ narrow))
+        product = np.concatenate([*over_rows(base, lambda _, rows: rows @ narrow)])
         u, v = (Tensor.from_numpy(np.ascontiguousarray(m, np.float32)) for m in (-product, y.T))
         return Lowered(terms=(LowRank(u, v, scale),))
 
