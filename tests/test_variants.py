@@ -15,14 +15,17 @@ from helpers.oracle import llama_folder
 from helpers.tiny import convert_model
 from helpers.variant_cases import CASES, OPTIONS
 from helpers.variant_oracle import VariantOracle
+from numpy.typing import NDArray
 from peft.tuners.vera.model import _kaiming_init
 from safetensors.torch import load_file, save_file
 
 import adaptrt
 from adaptrt.adapters import variant as variant_module
-from adaptrt.adapters.base import BaseView
+from adaptrt.adapters.base import BaseTarget, BaseView
 from adaptrt.adapters.stack import lower
 from adaptrt.adapters.storage import write_adapter
+from adaptrt.adapters.stored import without_derived
+from adaptrt.adapters.variant import Adapter
 from adaptrt.convert.peft import import_peft
 from adaptrt.errors import AdapterError
 from adaptrt.format import Writer
@@ -116,6 +119,52 @@ def test_the_base_is_read_in_blocks_of_rows(world: World, name: str, monkeypatch
         else:
             found, expected = blocks.g_out, whole[target].g_out
         np.testing.assert_allclose(found, expected, rtol=2e-6, atol=1e-6)
+
+
+def true_norm(world: World, adapter: Adapter, target: str, scale: float) -> NDArray[np.float64]:
+    """‖W + scale · s · B A‖ of every output, in float64, from the whole weight."""
+    (found,) = [one for one in adapter.targets if one.target == target]
+    a, b = (to_float32(adapter.tensors[found.tensors[role]]).astype(np.float64) for role in "AB")
+    weight = world.view.targets[target].weight().astype(np.float64)
+    changed = (weight.T if target == "token_embd" else weight) + scale * float(found.params["scale"]) * b @ a
+    return np.asarray(np.linalg.norm(changed, axis=1))
+
+
+@pytest.mark.parametrize("target", ["blk.0.attn_q", "token_embd", "output"])
+def test_dora_goes_over_the_base_once_at_import_whatever_the_scale(
+    world: World, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = import_peft(world.folder("DoRA, embedding and head"), VARIANTS, world.view)
+    plain = without_derived(adapter, VARIANTS["dora"])
+    for scale in (1.0, -0.3):
+        expected = 1 / true_norm(world, adapter, target, scale)
+        for one in (adapter, plain):
+            (found,) = [t for t in one.targets if t.target == target]
+            m = to_float32(one.tensors[found.tensors["magnitude"]])
+            gain = lower(one, VARIANTS, world.view, scale)[target].g_out
+            np.testing.assert_allclose(gain / m, expected, rtol=1e-6)
+    monkeypatch.delattr(BaseTarget, "rows")
+    monkeypatch.delattr(BaseTarget, "weight")
+    assert lower(adapter, VARIANTS, world.view, 0.7)
+    with pytest.raises(AttributeError):
+        lower(plain, VARIANTS, world.view, 0.7)
+
+
+def test_a_dora_that_nearly_cancels_the_base_keeps_its_digits(world: World, tmp_path: Path) -> None:
+    """B A = -W + ε in all rows but one: ‖W‖² and its like would be rounded off."""
+    name = "blk.0.attn_q"
+    weight = torch.from_numpy(world.view.targets[name].weight().copy())
+    q = "base_model.model.model.layers.0.self_attn.q_proj."
+    tensors = {
+        f"{q}lora_A.weight": torch.eye(64),
+        f"{q}lora_B.weight": 1e-3 * torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) - weight,
+        f"{q}lora_magnitude_vector": torch.ones(64),
+    }
+    tensors[f"{q}lora_B.weight"][5] = 1
+    folder = edited(world.folder("DoRA"), tmp_path / "a", {"r": 64, "lora_alpha": 64}, lambda _: tensors)
+    adapter = import_peft(folder, VARIANTS, world.view)
+    gain = lower(adapter, VARIANTS, world.view, 1.0)[name].g_out
+    np.testing.assert_allclose(gain, 1 / true_norm(world, adapter, name, 1.0), rtol=1e-4)
 
 
 def with_zeros(part: str) -> Any:
