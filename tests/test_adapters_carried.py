@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers.adapters import edited, perturbed_peft
+from helpers.adapters import Tensors, base_model, edited, perturbed_peft
 from helpers.oracle import SHAPES, Oracle, llama_folder, relative_error
 from helpers.tiny import convert_model
 from peft import TrainableTokensConfig, get_peft_model
@@ -28,6 +29,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "head": ("gqa", {"modules_to_save": ["lm_head"]}),
     "embedding": ("gqa", {"modules_to_save": ["embed_tokens"]}),
     "linear layers": ("gqa", {"modules_to_save": ["k_proj", "layers.1.mlp.down_proj"]}),
+    "modules of modules": (
+        "biases",
+        {
+            "modules_to_save": ["layers.0.mlp", "layers.1.self_attn"],
+            "target_modules": ["gate_proj"],
+            "layers_to_transform": [1],
+        },
+    ),
     "linear layers and their biases": ("biases", {"modules_to_save": ["k_proj", "up_proj"]}),
     "tied embedding alone": ("tied", {"modules_to_save": ["embed_tokens"]}),
     "tied head alone": ("tied", {"modules_to_save": ["lm_head"]}),
@@ -72,7 +81,7 @@ def peft_logits(oracle: Oracle, folder: Path) -> np.ndarray:
 def test_replacements_act_as_in_peft(case: str, bases: dict[str, Any], tmp_path: Path) -> None:
     shape, options = CASES[case]
     folder, adrt, oracle = bases[shape]
-    adapter = perturbed_peft(tmp_path / "a", folder, target_modules=["q_proj"], **options)
+    adapter = perturbed_peft(tmp_path / "a", folder, **{"target_modules": ["q_proj"]} | options)
     expected = peft_logits(oracle, adapter)
     for backend in ("reference", "cpu"):
         with adaptrt.load(adrt, backend, precision="exact", kv_dtype="f32") as model:
@@ -80,6 +89,34 @@ def test_replacements_act_as_in_peft(case: str, bases: dict[str, Any], tmp_path:
             assert relative_error(model.logits(IDS, "a"), expected) <= 1e-4
     with adaptrt.load(adrt, "reference", kv_dtype="f32") as model:
         assert relative_error(model.logits(IDS), expected) > 0.05
+
+
+@pytest.mark.parametrize("shape", ["gqa", "tied"])
+def test_embeddings_saved_beside_the_adapter_take_the_base_s_place_unless_they_are_the_base_s(
+    shape: str, bases: dict[str, Any], tmp_path: Path
+) -> None:
+    """PEFT's `save_embedding_layers`, which it turns on by itself for a resized vocabulary."""
+    folder, adrt, oracle = bases[shape]
+    plain = perturbed_peft(tmp_path / "plain", folder, target_modules=["q_proj"])
+    same = base_model(folder).state_dict()
+    table = torch.randn_like(same["model.embed_tokens.weight"])
+    names = {"model.embed_tokens": table, "lm_head": table if shape == "tied" else torch.randn_like(table)}
+    prefix = "base_model.model."
+
+    def with_ends(weights: dict[str, torch.Tensor]) -> Callable[[Tensors], Tensors]:
+        return lambda tensors: tensors | {f"{prefix}{name}.weight": w.clone() for name, w in weights.items()}
+
+    frozen = {name: same[f"{name}.weight"] for name in names}
+    with adaptrt.load(adrt, "cpu", precision="exact", kv_dtype="f32") as model:
+        model.load_adapter(plain)
+        model.load_adapter(edited(plain, tmp_path / "frozen", tensors=with_ends(frozen)))
+        assert np.array_equal(model.logits(IDS, "plain"), model.logits(IDS, "frozen"))
+        assert sum("the base holds it already" in note for note in model.adapters["frozen"].notes) == 2
+        for count in (1, 2):
+            trained = with_ends(dict(list(names.items())[:count]))
+            new = edited(plain, tmp_path / f"new{count}", tensors=trained)
+            model.load_adapter(new)
+            assert relative_error(model.logits(IDS, new.name), peft_logits(oracle, new)) <= 1e-4
 
 
 @pytest.mark.parametrize(("shape", "modules"), [
@@ -178,7 +215,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no rows": ({"trainable_token_indices": {"lm_head": [5]}}, "the weights hold no token_adapter."),
     "types": ({"trainable_token_indices": ["5"]}, "expected a list of token ids, or an object of them"),
     "forgotten": ({"trainable_token_indices": None}, "trainable_tokens_delta is not understood"),
-    "not saved": ({"modules_to_save": None}, "lm_head.weight is not understood by variant lora"),
+    "not saved": ({"modules_to_save": ["lm_head"]}, "o_proj.weight is not understood by variant lora"),
 }
 
 
@@ -190,7 +227,7 @@ def test_what_does_not_fit_is_refused_by_name(case: str, bases: dict[str, Any], 
         tmp_path / "a",
         folder,
         target_modules=["q_proj"],
-        modules_to_save=["lm_head"],
+        modules_to_save=["lm_head", "0.self_attn.o_proj"],
         trainable_token_indices=[5, 1],
     )
     with (

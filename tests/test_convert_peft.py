@@ -279,10 +279,13 @@ def test_all_problems_are_reported_at_once_and_counted(world: World, tmp_path: P
     assert [name for name in config if f"option {name} = " in message] == list(config)
 
     def edit(tensors: Tensors) -> Tensors:
-        return tensors | {f"{Q}.odd{i}": torch.ones(1) for i in range(9)} | {B: torch.ones(2, 2)}
+        names = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota"]
+        odd = {f"base_model.{name}": torch.ones(1) for name in names}
+        return tensors | odd | {f"{Q}.odd{i}": torch.ones(1) for i in range(4)} | {B: torch.ones(2, 2)}
 
     message = refusal(edited(world.folder, tmp_path / "b", tensors=edit), world.view)
-    assert message.count("is not understood") == 8 and message.endswith("; and 2 more")
+    assert "q_proj.odd0 is not understood by variant lora (and 3 more like it); " in message
+    assert message.count("is not understood") == 8 and message.endswith("; and 3 more")
 
 
 def test_two_variants_that_claim_one_config_are_refused(world: World) -> None:

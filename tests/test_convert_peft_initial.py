@@ -88,7 +88,7 @@ def test_without_the_initial_factors_it_is_refused(base: tuple[Path, Path], tmp_
     loftq = edited(tmp_path / "a", tmp_path / "loftq", {"init_lora_weights": "loftq"})
     start = tmp_path / "start"
     cases: list[tuple[Path, Path | None, str]] = [
-        (tmp_path / "a", None, "init_lora_weights = 'pissa': this initialisation changed the base; it takes"),
+        (tmp_path / "a", None, "init_lora_weights = 'pissa': this initialisation changed the base: give the"),
         (tmp_path / "a", zeros, "lora_B.weight is all zeros, expected one that changed the base"),
         (tmp_path / "a", half, "holds no base_model.model.model.layers.1.self_attn.q_proj.lora_"),
         (tmp_path / "a", edited(start, tmp_path / "r", {"r": 2}), "option r is 4, and 2 in the initial"),

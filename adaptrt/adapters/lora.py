@@ -23,6 +23,16 @@ KEEPS_BASE = (
     "mica",
 )  # initialisations that leave the base alone
 
+CHANGES_BASE = (
+    "pissa",
+    "olora",
+    "corda",
+    "lora_ga",
+)  # by B A as it started, with what follows the name as settings
+THE_CHANGED_BASE = (
+    "convert the base that training used (unload() and save_pretrained() in PEFT) and set this to true"
+)
+
 TRAINING_ONLY = ("lora_velora_embed", "lora_monteclora_sampler.")  # PEFT's eval forward does not read them
 
 
@@ -39,8 +49,13 @@ def _initialisation(value: object) -> str | None:
     if name is None or name in KEEPS_BASE:
         return None
     if name == "loftq":
-        return "this initialisation changed the base by more than its factors say: only that base fits"
-    return "this initialisation changed the base; it takes the adapter as it was initialised (--initial DIR)"
+        return f"this initialisation changed the base by more than its factors say: {THE_CHANGED_BASE}"
+    if isinstance(name, str) and name.startswith(CHANGES_BASE):
+        return (
+            "this initialisation changed the base: give the adapter as it was initialised (--initial DIR), or "
+            + THE_CHANGED_BASE
+        )
+    return "unknown initialisation, which may have changed the base"
 
 
 class LoraVariant(Variant):

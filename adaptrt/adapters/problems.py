@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from adaptrt.errors import AdapterError, AdaptrtError
@@ -26,10 +27,18 @@ class Problems:
 
     def raise_for(self, what: str, error: type[AdaptrtError] = AdapterError) -> None:
         """Raise one `error` about `what` when there is any problem."""
-        if self.lines:
-            more = len(self.lines) - SHOWN
-            shown = self.lines[:SHOWN] + ([f"and {more} more"] if more > 0 else [])
-            raise error(f"{what}: {'; '.join(shown)}")
+        if not self.lines:
+            return
+        # the same fault in layer after layer differs only in words with a digit
+        kinds: dict[str, list[str]] = {}
+        for line in self.lines:
+            kinds.setdefault(re.sub(r"\S*\d\S*", "#", line), []).append(line)
+        shown = [
+            first + (f" (and {len(others)} more like it)" if others else "")
+            for first, *others in kinds.values()
+        ]
+        more = [f"and {len(shown) - SHOWN} more"] if len(shown) > SHOWN else []
+        raise error(f"{what}: {'; '.join(shown[:SHOWN] + more)}")
 
 
 def brief(value: object, limit: int = 120) -> str:

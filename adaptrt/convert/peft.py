@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptrt.adapters.base import BaseView, open_base
-from adaptrt.adapters.check import check_adapter
+from adaptrt.adapters.check import PEFT_PREFIX, check_adapter
 from adaptrt.adapters.derive import with_derived
 from adaptrt.adapters.lora import other_methods
 from adaptrt.adapters.problems import Problems, brief
@@ -243,4 +243,5 @@ def _take_targets(config: Mapping[str, Any], variant: Variant, content: Content,
         what = f"{paths[0]}.{suffix}" if len(paths) == 1 else f"{suffix} of {len(paths)} modules"
         content.notes.append(f"{what} left out: {reason}")
     for name in sorted(content.shared.keys() - used):
-        problems.add(f"{brief(name)} is not understood by variant {variant.name}")
+        hint = "" if name.startswith("base_model.") else f"; PEFT's names begin with {PEFT_PREFIX}"
+        problems.add(f"{brief(name)} is not understood by variant {variant.name}{hint}")

@@ -7,13 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from adaptrt.adapters.base import BaseTarget, BaseView
+from adaptrt.adapters.base import SECTION, BaseTarget, BaseView
 from adaptrt.adapters.carried import BIAS, ROW_IDS, ROWS, WEIGHT
 from adaptrt.adapters.numbers import whole_numbers
 from adaptrt.adapters.options import names, token_rows
 from adaptrt.adapters.problems import Problems, brief
+from adaptrt.backends.native_quant import best_kernels
 from adaptrt.convert.peft_content import Content, Part
 from adaptrt.convert.safetensors import SafetensorsFile
+from adaptrt.quant.encode import Encoder
 
 FROZEN_WEIGHT = "base_layer.weight"  # PEFT saves it when an embedding or head is targeted
 BIASES = ("base_layer.bias", "bias")  # of an adapted module, of any other
@@ -30,6 +32,7 @@ def take_carried(config: Mapping[str, Any], content: Content, base: BaseView, pr
             _take_bias(part)
     if names(config.get("modules_to_save")) is None:
         _take_modules(config, content, base, problems)
+    _take_embeddings(content, base)
     if token_rows(config.get("trainable_token_indices")) is None:
         _take_token_rows(config.get("trainable_token_indices") or {}, content, base, problems)
     if config.get("ensure_weight_tying"):
@@ -52,13 +55,13 @@ def _take_bias(part: Part) -> None:
 
 
 def _take_modules(config: Mapping[str, Any], content: Content, base: BaseView, problems: Problems) -> None:
-    """`modules_to_save`: whole modules, chosen as PEFT does by the end of their path.
+    """`modules_to_save`: whole modules, chosen as PEFT does by the end of their path, with all that is in them.
 
     `ensure_weight_tying` saves a tied embedding or head under the other's name too, without listing it.
     """
     saved = config.get("modules_to_save") or []
     for name in saved:
-        chosen = [module for module in content.parts if module.endswith(name)]
+        chosen = [module for module in content.parts if any(p.endswith(name) for p in _with_parents(module))]
         if config.get("ensure_weight_tying") and {e.module for e in _tied(base)} & set(chosen):
             chosen += [end.module for end in _tied(base) if end.module in content.parts]
         for part in (content.parts[module] for module in chosen):
@@ -67,6 +70,46 @@ def _take_modules(config: Mapping[str, Any], content: Content, base: BaseView, p
                 _take_bias(part)
         if not any(WEIGHT in content.parts[module].roles for module in chosen):
             problems.add(f"option modules_to_save = {brief(saved)}: the weights hold no module {brief(name)}")
+
+
+def _with_parents(module: str) -> list[str]:
+    """A module's path and those of all that it is in."""
+    names = module.split(".")
+    return [".".join(names[:count]) for count in range(len(names), 0, -1)]
+
+
+def _take_embeddings(content: Content, base: BaseView) -> None:
+    """Embedding and head that PEFT saved whole (`save_embedding_layers`), which it loads in the place of the base's.
+
+    What the base holds already is left out. PEFT loads into the base's own tensor, so with a tied base into both.
+    """
+    ends = [_find_kind(base, kind) for kind in ("embedding", "head")]
+    tied = bool(_tied(base))
+    for end, other in zip(ends, reversed(ends), strict=True):
+        part = content.parts.get(end.module)
+        if part is None or "weight" not in part.keys:
+            continue
+        key = part.keys.pop("weight")
+        if _holds_already(end, content.file, key):
+            content.notes.append(f"{end.module}.weight left out: the base holds it already")
+            continue
+        part.roles[WEIGHT] = key
+        if tied and not (twin := content.part(other.module)).keys and not twin.roles:
+            twin.roles[WEIGHT] = key
+
+
+def _holds_already(base: BaseTarget, file: SafetensorsFile, key: str) -> bool:
+    """Whether a saved weight, stored as the base stores its own, gives the very bytes that are there."""
+    stored = base.file.tensor(SECTION, base.weight_name)
+    if file.info(key)[1] != stored.shape:
+        return False
+    encoder, position = Encoder(stored.dtype, stored.shape, best_kernels()), 0
+    for chunk in file.chunks(key):
+        found = encoder.feed(chunk)
+        if not np.array_equal(found, stored.data[position : position + found.size]):
+            return False
+        position += found.size
+    return np.array_equal(encoder.finish(), stored.data[position:])
 
 
 def _take_token_rows(

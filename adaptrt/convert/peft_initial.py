@@ -12,15 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from adaptrt.adapters.lora import PEFT_DEFAULT
+from adaptrt.adapters.lora import CHANGES_BASE, PEFT_DEFAULT
 from adaptrt.adapters.problems import brief
 from adaptrt.convert.safetensors import SafetensorsFile
 from adaptrt.errors import AdapterError
 from adaptrt.quant.plain import from_float32, to_float32
 from adaptrt.tensor import Tensor
 
-MUTATING = ("pissa", "olora", "corda", "lora_ga")
-SUBFOLDERS = ("initial", "init", *(f"{name}_init" for name in MUTATING))
+SUBFOLDERS = ("initial", "init", *(f"{name}_init" for name in CHANGES_BASE))
 SAME = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")  # of both configs
 
 A_SUFFIXES = (".lora_A.weight", ".lora_embedding_A")
@@ -30,7 +29,7 @@ B_SUFFIXES = (".lora_B.weight", ".lora_embedding_B")
 def changed_base(config: Mapping[str, Any]) -> bool:
     """Whether this initialisation took B0 A0 out of the base."""
     found = config.get("init_lora_weights")
-    return isinstance(found, str) and found.lower().startswith(MUTATING)
+    return isinstance(found, str) and found.lower().startswith(CHANGES_BASE)
 
 
 def find_initial(folder: Path) -> Path | None:
