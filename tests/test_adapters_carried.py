@@ -12,13 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.adapters import Tensors, base_model, edited, perturbed_peft
+from helpers.adapters import Tensors, base_model, edit_tensors, edited, open_view, perturbed_peft
 from helpers.oracle import SHAPES, Oracle, llama_folder, relative_error
 from helpers.tiny import convert_model
 from peft import TrainableTokensConfig, get_peft_model
 
 import adaptrt
+from adaptrt.adapters.normal import LowRank
+from adaptrt.adapters.stack import lower
+from adaptrt.convert.peft import import_peft
 from adaptrt.errors import AdaptrtError
+from adaptrt.plugins import load_registry
 
 IDS = [1, 5, 9, 100, 5, 2, 77, 1, 30, 12]
 NORMS = ["norm", "input_layernorm", "post_attention_layernorm"]
@@ -89,6 +93,18 @@ def test_replacements_act_as_in_peft(case: str, bases: dict[str, Any], tmp_path:
             assert relative_error(model.logits(IDS, "a"), expected) <= 1e-4
     with adaptrt.load(adrt, "reference", kv_dtype="f32") as model:
         assert relative_error(model.logits(IDS), expected) > 0.05
+
+
+def test_a_replaced_head_is_neither_widened_nor_copied(bases: dict[str, Any], tmp_path: Path) -> None:
+    folder, adrt, _ = bases["gqa"]
+    perturbed_peft(tmp_path / "a", folder, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    edit_tensors(tmp_path / "a", lambda ts: {name: tensor.bfloat16() for name, tensor in ts.items()})
+    view, variants = open_view(adrt), load_registry().variants
+    adapter = import_peft(tmp_path / "a", variants, view)
+    new, old = lower(adapter, variants, view, 0.5)["output"].terms
+    assert isinstance(new, LowRank) and isinstance(old, LowRank)
+    assert new.v is adapter.tensors["base_model.model.lm_head.weight"] and new.v.dtype == "bf16"
+    assert old.v is view.weights()["output.weight"]
 
 
 @pytest.mark.parametrize("shape", ["gqa", "tied"])

@@ -114,7 +114,7 @@ def test_a_page_of_python_is_a_variant(world: World, tmp_path: Path) -> None:
 def test_a_variant_can_refuse_a_module(world: World, tmp_path: Path) -> None:
     folder = only_known(gain_folder(world, tmp_path / "g", gain_seed=13))
     with pytest.raises(
-        AdapterError, match=r"model.layers.0.self_attn.q_proj: seed 13 is unlucky; .*layers.1"
+        AdapterError, match=r"model.layers.0.self_attn.q_proj: seed 13 is unlucky \(and 1 more like it\)"
     ):
         import_peft(folder, {"gain": GainVariant()}, world.view)
 

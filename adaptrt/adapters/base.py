@@ -36,7 +36,11 @@ class BaseTarget:
 
     def weight(self) -> NDArray[np.float32]:
         """The dequantized weight, computed at every call; a norm's is its diagonal [width]."""
-        return to_float32(self.file.tensor(SECTION, self.weight_name))
+        return to_float32(self.stored())
+
+    def stored(self) -> Tensor:
+        """The weight as it lies in the file."""
+        return self.file.tensor(SECTION, self.weight_name)
 
     def bias(self) -> NDArray[np.float32] | None:
         """The bias [out], if the base has one."""
@@ -44,7 +48,7 @@ class BaseTarget:
 
     def rows(self, start: int, stop: int) -> NDArray[np.float32]:
         """Rows start … stop - 1 of the weight."""
-        return rows_to_float32(self.file.tensor(SECTION, self.weight_name), start, stop)
+        return rows_to_float32(self.stored(), start, stop)
 
 
 class BaseView:

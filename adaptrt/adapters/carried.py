@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptrt.adapters.dense import row_parts
 from adaptrt.adapters.normal import Lowered, LowRank, Sparse
 from adaptrt.adapters.numbers import read_whole_numbers
 from adaptrt.adapters.problems import Problems, brief
 from adaptrt.adapters.variant import BaseWeight, Params
-from adaptrt.quant.plain import to_float32
+from adaptrt.quant.plain import rows_to_float32, to_float32
 from adaptrt.tensor import Tensor
 
 BIAS, WEIGHT, ROWS = "replaced_bias", "replaced_weight", "replaced_rows"
@@ -80,13 +81,24 @@ def _weight_problem(tensor: Tensor, params: Params, base: BaseWeight) -> str | N
 
 
 def _add_weight(lowered: Lowered, tensor: Tensor, params: Params, base: BaseWeight, scale: float) -> Lowered:
-    old, new = base.weight(), to_float32(tensor)
     if base.kind == "norm":
+        old, new = base.weight(), to_float32(tensor)
         ratio = np.divide(new, old, out=np.ones_like(old), where=old != 0)
         return replace(lowered, g_out=1 + np.float32(scale) * (ratio - 1))
-    change = new - old
-    v = Tensor.from_numpy(np.ascontiguousarray(change.T if base.kind == "embedding" else change))
-    return replace(lowered, terms=(LowRank(None, v, scale),))
+    if base.kind == "embedding":
+        return replace(lowered, terms=(LowRank(None, _table_change(tensor, base), scale),))
+    # the new weight, and the base's own taken away: both as they are stored, so that neither is widened nor copied
+    return replace(lowered, terms=(LowRank(None, tensor, scale), LowRank(None, base.stored(), -scale)))
+
+
+def _table_change(tensor: Tensor, base: BaseWeight) -> Tensor:
+    """new - old of an embedding as V wants it, [width, vocabulary], in float32."""
+    vocabulary, width = base.shape
+    change = np.empty((width, vocabulary), np.float32)
+    for part in row_parts(vocabulary, width):
+        rows = part.start, part.stop
+        change[:, part] = (rows_to_float32(tensor, *rows) - base.rows(*rows)).T
+    return Tensor.from_numpy(change)
 
 
 # Rows of the embedding or the head

@@ -52,6 +52,9 @@ class BaseWeight(Protocol):
     def rows(self, start: int, stop: int) -> NDArray[np.float32]:
         """Rows start … stop - 1 of the weight, the others left alone; not for a norm."""
 
+    def stored(self) -> Tensor:
+        """The weight as the base's file holds it, not copied; not for a norm."""
+
     def bias(self) -> NDArray[np.float32] | None:
         """The base bias [out], if it has one."""
 

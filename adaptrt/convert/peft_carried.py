@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from adaptrt.adapters.base import SECTION, BaseTarget, BaseView
+from adaptrt.adapters.base import BaseTarget, BaseView
 from adaptrt.adapters.carried import BIAS, ROW_IDS, ROWS, WEIGHT
 from adaptrt.adapters.numbers import whole_numbers
 from adaptrt.adapters.options import names, token_rows
@@ -100,7 +100,7 @@ def _take_embeddings(content: Content, base: BaseView) -> None:
 
 def _holds_already(base: BaseTarget, file: SafetensorsFile, key: str) -> bool:
     """Whether a saved weight, stored as the base stores its own, gives the very bytes that are there."""
-    stored = base.file.tensor(SECTION, base.weight_name)
+    stored = base.stored()
     if file.info(key)[1] != stored.shape:
         return False
     encoder, position = Encoder(stored.dtype, stored.shape, best_kernels()), 0
