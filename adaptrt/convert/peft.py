@@ -196,9 +196,11 @@ def _find_variant(folder: Path, config: Mapping[str, Any], variants: Mapping[str
 def _find_initial(folder: Path, config: Mapping[str, Any], initial: Path | None) -> Path | None:
     if config.get("peft_type") == "LORA" and changed_base(config):
         return initial or find_initial(folder)
-    if initial is not None:
-        raise AdapterError(f"{folder}: its initialisation left the base alone, it needs no initial adapter")
-    return None
+    if initial is None:
+        return None
+    if config.get("peft_type") == "LORA" and config.get("init_lora_weights", True) is True:
+        return initial  # PEFT's guide sets the option to true before saving; a start without effect is refused later
+    raise AdapterError(f"{folder}: its initialisation left the base alone, it needs no initial adapter")
 
 
 def _weights(folder: Path) -> Path:
