@@ -61,7 +61,8 @@ def check_target(
     labels = {role: name.removeprefix(PEFT_PREFIX) for role, name in target.tensors.items()}
     carried = {role: roles.pop(role) for role in CARRIED if role in roles}
     for role, tensor in carried.items():
-        check_carried(role, labels[role], tensor, target.params, base, problems)
+        if tensor.dtype in _dtypes(role, variant):  # else it is refused below
+            check_carried(role, labels[role], tensor, target.params, base, problems)
         if CARRIED[role].alone and len(target.tensors) - (BIAS in carried) > 1:
             problems.add(f"{labels[role]} replaces what other tensors of the target change")
     brought = {name for role in carried for name in CARRIED[role].params}

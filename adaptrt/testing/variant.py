@@ -26,6 +26,7 @@ import pytest
 from numpy.typing import NDArray
 
 from adaptrt.adapters.base import SECTION, BaseTarget, BaseView
+from adaptrt.adapters.carried import CARRIED
 from adaptrt.adapters.check import PEFT_PREFIX, sizes
 from adaptrt.adapters.normal import Lowered, LowRank
 from adaptrt.adapters.problems import Problems
@@ -39,7 +40,7 @@ from adaptrt.errors import AdapterError
 from adaptrt.format import Writer, open_file
 from adaptrt.plugins import Registry, load_registry
 from adaptrt.program import Embed, Linear, Logits, Norm, Op
-from adaptrt.quant.plain import from_float32, to_float32
+from adaptrt.quant.plain import from_float32, to_float32, to_int64
 from adaptrt.tensor import Tensor
 from adaptrt.testing.folders import tiny_base, write_peft
 from adaptrt.testing.programs import (
@@ -61,8 +62,8 @@ EPS = 1e-5
 
 FAULTS: Mapping[str, Callable[[NDArray[Any]], NDArray[Any]]] = {
     "shape": lambda array: array[None],
-    "NaN": lambda array: np.full_like(array, np.nan),
-    "dtype": lambda array: np.ones(array.shape, np.int32),
+    "NaN": lambda array: np.full(array.shape, np.nan, np.float32),
+    "dtype": lambda array: np.ones(array.shape, np.float16 if array.dtype == np.int32 else np.int32),
 }
 
 
@@ -92,6 +93,7 @@ class VariantConformance:
     ) -> Floats:
         """The method's own formula: y [n, out] of inputs x [n, in] with weight [out, in] and bias [out].
 
+        `tensors` are by role: float32, those in `variant.integers` int64; those of `variant.derived` are among them.
         An embedding comes transposed, x one-hot; a norm as its diagonal matrix, x already normalized.
         """
         raise NotImplementedError
@@ -139,8 +141,11 @@ class VariantConformance:
             params, _ = self.variant.resolve(self.config, module, Problems())
             known = {**self.sizes, **{k: v for k, v in params.items() if type(v) is int}, **sizes(attach)}
             for role, suffix in self.names(module).items():
-                dims = self.variant.roles[role]
-                shape = tuple(known[dim] if isinstance(dim, str) else dim for dim in dims)
+                if role in CARRIED:
+                    shape = tuple(CARRIED[role].shape(params, attach))
+                else:
+                    dims = self.variant.roles[role]
+                    shape = tuple(known[dim] if isinstance(dim, str) else dim for dim in dims)
                 shared = suffix.startswith("base_model.")
                 yield suffix if shared else f"{PEFT_PREFIX}{attach.module}.{suffix}", attach, role, shape
 
@@ -172,7 +177,10 @@ class VariantConformance:
         """The inputs of a target, [tokens, in], and the author's y for them."""
         x, weight, bias = _dense(base.targets[target])
         (found,) = [t for t in adapter.targets if t.target == target]
-        tensors = {role: to_float32(adapter.tensors[name]) for role, name in found.tensors.items()}
+        tensors = {
+            role: (to_int64 if role in self.variant.integers else to_float32)(adapter.tensors[name])
+            for role, name in found.tensors.items()
+        }
         return x, self.reference(x, weight, bias, found.params, tensors, scale)
 
     # Tests
