@@ -177,7 +177,7 @@ class VariantConformance:
         """The inputs of a target, [tokens, in], and the author's y for them."""
         x, weight, bias = _dense(base.targets[target])
         (found,) = [t for t in adapter.targets if t.target == target]
-        tensors = {
+        tensors: dict[str, Any] = {
             role: (to_int64 if role in self.variant.integers else to_float32)(adapter.tensors[name])
             for role, name in found.tensors.items()
         }
