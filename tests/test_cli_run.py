@@ -8,9 +8,11 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,10 +28,12 @@ from helpers.tiny import CHAT_TEMPLATE, byte_tokenizer, convert_model, tiny_fold
 from numpy.typing import NDArray
 
 import adaptrt
+from adaptrt.api import Model
 from adaptrt.backends.base import Batch
 from adaptrt.backends.native import NativeExecutable
 from adaptrt.cli import main
 from adaptrt.cli.chat import Chat
+from adaptrt.cli.notes import Progress
 from adaptrt.engine.request import Chunk, Sampling
 
 
@@ -87,6 +91,40 @@ def test_adapters_move_the_text(tiny: Tiny) -> None:
         )
     }
     assert len(texts) == 3
+
+
+def test_two_adapters_of_one_name_run_together(tiny: Tiny, tmp_path: Path) -> None:
+    """run1/final and run2/final are how trainers leave them."""
+    folders = [tmp_path / run / "final" for run in ("run1", "run2")]
+    for adapter, folder in zip(tiny.adapters, folders, strict=True):
+        shutil.copytree(adapter, folder)
+    args = ["run", tiny.model, "-p", "Once", *GREEDY]
+    expected = adaptrt_cli(*args, "-a", tiny.adapters[0], "-a", tiny.adapters[1])
+    found = adaptrt_cli(*args, "-a", folders[0], "-a", folders[1])
+    assert found.code == 0 and found.out == expected.out
+    assert f"adapters final:1 + {folders[1]}:1;" in found.err
+
+
+def test_an_adapter_that_takes_long_shows_that_it_is_being_loaded(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ["run", tiny.model, "-p", "Once", "-n", 1, "-a", tiny.adapters[0]]
+    started = threading.Event()
+    show, load = Progress._show, Model.load_adapter
+
+    def shown(progress: Progress) -> None:
+        show(progress)
+        started.set()
+
+    def slow(model: Model, *rest: Any) -> str:
+        assert started.wait(60)
+        return load(model, *rest)
+
+    monkeypatch.setattr(Progress, "_show", shown)
+    monkeypatch.setattr(Model, "load_adapter", slow)
+    lines = adaptrt_cli(*args).err.splitlines()
+    assert lines[0] == f"adaptrt: loading adapter {tiny.adapters[0]} …"
+    assert lines[1].startswith(f"adaptrt: loading adapter {tiny.adapters[0]}: done in ")
 
 
 def test_the_prompt_comes_from_option_file_or_stdin(tiny: Tiny, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from adaptrt.adapters.stack import lower
 from adaptrt.adapters.storage import PREFIX, check_name, list_adapters
 from adaptrt.api import find_adapter
 from adaptrt.cli.inspect import adapter_line, describe_adapter
-from adaptrt.cli.notes import SOON, Progress, note
+from adaptrt.cli.notes import SOON, Progress, note, size_text
 from adaptrt.cli.options import PATH, as_json, check_new, grouped, model_path, parse_adapter
 from adaptrt.cli.store import store_adapter
 from adaptrt.convert.peft import write_adapter_file
@@ -117,7 +117,7 @@ def combine_command(
             adapter = combine(found, weights, name or out.stem, recipe, progress)
             lower(adapter, registry.variants, view, 1.0)  # what cannot be run is not written
             write_adapter_file(out, replace(adapter, base=view.record()))
-    note(f"wrote {out}, {out.stat().st_size / 1e6:.1f} MB")
+    note(f"wrote {out}, {size_text(out.stat().st_size)}")
 
 
 @command.command("list")

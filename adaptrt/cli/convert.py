@@ -9,7 +9,7 @@ import click
 
 from adaptrt.adapters.storage import PREFIX, list_adapters, only_adapter, read_adapter
 from adaptrt.adapters.stored import AdapterDtype
-from adaptrt.cli.notes import SOON, Progress, note, show_adapter_notes
+from adaptrt.cli.notes import SOON, Progress, note, show_adapter_notes, size_text
 from adaptrt.cli.options import PATH, check_new, grouped
 from adaptrt.convert.base import ConvertOptions, Importer, WeightDtype
 from adaptrt.convert.to_peft import export_peft
@@ -70,7 +70,7 @@ def command(src: Path, out: Path, to: str | None, options: dict[str, Any], force
     with open_file(out) as file:
         for name in list_adapters(file):
             show_adapter_notes(read_adapter(file, PREFIX + name))
-    note(f"wrote {out}, {out.stat().st_size / 1e6:.1f} MB")
+    note(f"wrote {out}, {size_text(out.stat().st_size)}")
 
 
 def _export(src: Path, out: Path, options: dict[str, Any]) -> None:

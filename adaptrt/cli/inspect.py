@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from adaptrt.adapters.storage import list_adapters, read_adapter
+from adaptrt.cli.notes import size_text
 from adaptrt.cli.options import as_json, model_path
 from adaptrt.format import File, open_file
 
@@ -79,7 +80,7 @@ def describe_adapter(file: File, name: str) -> dict[str, Any]:
 
 
 def _lines(content: dict[str, Any]) -> list[str]:
-    lines = [f"{content['path']}: {_size(content['bytes'])}, generation {content['generation']}"]
+    lines = [f"{content['path']}: {size_text(content['bytes'])}, generation {content['generation']}"]
     lines += [f"warning: {warning}" for warning in content["warnings"]]
     if content["fingerprint"]:
         lines.append(f"fingerprint {content['fingerprint']}")
@@ -89,11 +90,11 @@ def _lines(content: dict[str, Any]) -> list[str]:
     for section in content["sections"]:
         dtypes = ", ".join(f"{count} {dtype}" for dtype, count in section["dtypes"].items())
         lines.append(
-            f"  {section['name']}: {_size(section['stored_bytes'])} {section['codec']}, tensors: {dtypes}"
+            f"  {section['name']}: {size_text(section['stored_bytes'])} {section['codec']}, tensors: {dtypes}"
         )
         for tensor in section.get("tensors", ()):
             lines.append(
-                f"    {tensor['name']} {tensor['dtype']} {list(tensor['shape'])} {_size(tensor['bytes'])}"
+                f"    {tensor['name']} {tensor['dtype']} {list(tensor['shape'])} {size_text(tensor['bytes'])}"
             )
     if content["adapters"]:
         lines += ["", "adapters", *(f"  {adapter_line(adapter)}" for adapter in content["adapters"])]
@@ -109,7 +110,7 @@ def adapter_line(adapter: dict[str, Any]) -> str:
         for key, value in target.items():
             if key != "target":
                 params.setdefault(key, set()).add(value)
-    parts = [adapter["variant"], _size(adapter["stored_bytes"])]
+    parts = [adapter["variant"], size_text(adapter["stored_bytes"])]
     parts += [f"{key} {' '.join(sorted(map(_plain, found)))}" for key, found in params.items()]
     parts.append("targets " + ", ".join(f"{kind} ×{count}" for kind, count in kinds.items()))
     if adapter["base"]:
@@ -124,12 +125,3 @@ def _plain(value: Any) -> str:
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}… ({len(text)} characters)"
-
-
-def _size(nbytes: int) -> str:
-    value = float(nbytes)
-    for unit in ("bytes", "kB", "MB"):
-        if value < 1000:
-            return f"{value:.4g} {unit}"
-        value /= 1000
-    return f"{value:.4g} GB"

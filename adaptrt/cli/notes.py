@@ -24,6 +24,16 @@ def note(message: str) -> None:
     click.echo(f"adaptrt: {message}", err=True)
 
 
+def size_text(nbytes: int) -> str:
+    """Bytes as a person reads them."""
+    value = float(nbytes)
+    for unit in ("bytes", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.4g} {unit}"
+        value /= 1000
+    return f"{value:.4g} GB"
+
+
 def show_adapter_notes(adapter: Adapter) -> None:
     """What a user should know about an adapter."""
     for line in adapter.notes:

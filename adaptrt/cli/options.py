@@ -144,8 +144,10 @@ class Attached:
     def _name(self, choice: AdapterChoice) -> str:
         source = choice.source
         if source not in self._names:
+            usual = Path(source).resolve().name.removesuffix(".adrt")
+            name = source if usual in self._model.adapters else None  # run1/final beside run2/final
             with Progress(f"loading adapter {source}", after=SOON) as progress:
-                self._names[source] = self._model.load_adapter(source, scale=choice.scale, progress=progress)
+                self._names[source] = self._model.load_adapter(source, name, choice.scale, progress)
             show_adapter_notes(self._model.adapters[self._names[source]])
         return self._names[source]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from adaptrt.adapters.base import open_base
-from adaptrt.cli.notes import Progress, note
+from adaptrt.cli.notes import Progress, note, size_text
 from adaptrt.cli.options import PATH, check_new
 from adaptrt.cli.store import store_adapter
 from adaptrt.format import Writer, open_file
@@ -34,4 +34,4 @@ def command(out: Path, base: Path, adapters: tuple[Path, ...], force: bool) -> N
             for done, adapter in enumerate(adapters, start=len(file.sections) + 1):
                 names.append(store_adapter(writer, adapter, None, view, registry))
                 progress(done, steps)
-    note(f"wrote {out} with adapters {', '.join(names)}, {out.stat().st_size / 1e6:.1f} MB")
+    note(f"wrote {out} with adapters {', '.join(names)}, {size_text(out.stat().st_size)}")
