@@ -23,12 +23,12 @@ import adaptrt
 from adaptrt.adapters import variant as variant_module
 from adaptrt.adapters.base import BaseTarget, BaseView
 from adaptrt.adapters.stack import lower
-from adaptrt.adapters.storage import write_adapter
+from adaptrt.adapters.storage import read_adapter, write_adapter
 from adaptrt.adapters.stored import without_derived
 from adaptrt.adapters.variant import Adapter
 from adaptrt.convert.peft import import_peft
 from adaptrt.errors import AdapterError
-from adaptrt.format import Writer
+from adaptrt.format import Writer, open_file
 from adaptrt.plugins import load_registry
 from adaptrt.quant.plain import to_float32
 
@@ -148,6 +148,17 @@ def test_dora_goes_over_the_base_once_at_import_whatever_the_scale(
     assert lower(adapter, VARIANTS, world.view, 0.7)
     with pytest.raises(AttributeError):
         lower(plain, VARIANTS, world.view, 0.7)
+
+
+def test_what_was_derived_from_a_base_is_refused_without_that_base(world: World, tmp_path: Path) -> None:
+    adapter = import_peft(world.folder("DoRA"), VARIANTS, world.view)
+    with Writer(tmp_path / "a.adrt", {}) as writer:
+        write_adapter(writer, adapter)
+    with (
+        open_file(tmp_path / "a.adrt") as file,
+        pytest.raises(AdapterError, match="base is empty, expected the"),
+    ):
+        read_adapter(file, "adapter/DoRA")
 
 
 def test_a_dora_that_nearly_cancels_the_base_keeps_its_digits(world: World, tmp_path: Path) -> None:

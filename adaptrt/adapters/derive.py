@@ -11,18 +11,20 @@ from adaptrt.adapters.stored import declared_form, without_derived
 from adaptrt.adapters.variant import Adapter, BaseWeight, Progress, Target, Variant, no_progress
 from adaptrt.tensor import Tensor
 
+DERIVED = "derived."  # before the names of such tensors: `derived.TARGET.ROLE`
+
 
 def with_derived(
     adapter: Adapter, variant: Variant, base: Mapping[str, BaseWeight], progress: Progress = no_progress
 ) -> Adapter:
-    """A checked adapter with its derived tensors computed anew, named `derived.TARGET.ROLE`."""
+    """A checked adapter with its derived tensors computed anew."""
     if not variant.derived:
         return adapter
     adapter = without_derived(adapter, variant)
     targets, tensors = [], dict(adapter.tensors)
     for done, target in enumerate(adapter.targets, start=1):
         derived = _derive(target, tensors, variant, base[target.target])
-        names = {role: f"derived.{target.target}.{role}" for role in derived}
+        names = {role: f"{DERIVED}{target.target}.{role}" for role in derived}
         tensors |= {names[role]: tensor for role, tensor in derived.items()}
         targets.append(replace(target, tensors={**target.tensors, **names}))
         progress(done, len(adapter.targets))

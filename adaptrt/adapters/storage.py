@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from adaptrt.adapters.base import DIGEST_DIGITS, BaseView
+from adaptrt.adapters.derive import DERIVED
 from adaptrt.adapters.problems import Problems, brief
 from adaptrt.adapters.variant import Adapter, Target
 from adaptrt.errors import AdapterError, BaseMismatchError
@@ -102,6 +103,8 @@ def read_adapter(file: File, section_name: str) -> Adapter:
     targets = _read_targets(metadata["targets"], tensors, problems)
     if metadata["base"]:
         _check_base_record(metadata["base"], problems.about("base"))
+    elif derived := sorted(name for name in tensors if name.startswith(DERIVED)):
+        problems.add(f"base is empty, expected the one that {brief(derived[0])} was derived from")
     if not all(isinstance(note, str) for note in metadata["notes"]):
         problems.add("notes are not all strings")
     problems.raise_for(what)

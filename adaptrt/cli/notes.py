@@ -19,8 +19,13 @@ REDRAW_SECONDS = 0.1
 SOON = 1.0  # seconds after which something that is usually quick shows its progress
 
 
+_bars: list[Progress] = []  # on the terminal now: a note wipes them away, and they draw themselves anew
+
+
 def note(message: str) -> None:
     """One line on stderr."""
+    for bar in _bars:
+        bar.wipe()
     click.echo(f"adaptrt: {message}", err=True)
 
 
@@ -85,9 +90,14 @@ class Progress:
     def _show(self) -> None:
         self._shown = True
         if self._terminal:
+            _bars.append(self)
             self._draw()
         else:
             note(f"{self._label} …")
+
+    def wipe(self) -> None:
+        """Clear the line of the bar."""
+        click.echo(f"\r{' ' * (len(self._label) + BAR_WIDTH + 6)}\r", nl=False, err=True)
 
     def _draw(self) -> None:
         self._drawn = time.monotonic()
@@ -98,7 +108,8 @@ class Progress:
         if self._timer is not None:
             self._timer.cancel()
             self._timer.join()
-        if self._shown and self._terminal:
-            click.echo(f"\r{' ' * (len(self._label) + BAR_WIDTH + 6)}\r", nl=False, err=True)
+        if self in _bars:
+            self.wipe()
+            _bars.remove(self)
         if self._shown and kind is None:
             note(f"{self._label}: done in {time.monotonic() - self._started:.1f} s")
