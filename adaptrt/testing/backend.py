@@ -65,6 +65,8 @@ PARTS: Mapping[str, Part] = {
     "low rank with d and e": lambda s, p: Lowered((low_rank(s, p, 3 + s % 2, "f32", d=True, e=True),)),
     "low rank, larger U and V": lambda s, p: Lowered((low_rank(s, p, 4, "f16", beyond=3),)),
     "dense": lambda s, p: Lowered((dense(s, p, "bf16"),)),
+    "dense, int8": lambda s, p: Lowered((dense(s, p, "int8"),)),
+    "dense, nf4": lambda s, p: Lowered((dense(s, p, "nf4"),)),
     "dense with d and e": lambda s, p: Lowered((dense(s, p, "f32", vectors=True),)),
     "sparse": lambda s, p: Lowered((sparse(s, p, 0.1),)),
     "sparse, empty": lambda s, p: Lowered((sparse(s, p, 0.0),)),

@@ -119,7 +119,7 @@ def _product(elements: list[Term], point: AttachPoint, upload: Upload, device: t
     """x [elements, m, in], d [elements, m, rank] or None -> [elements, m, out]."""
     first = elements[0]
     if isinstance(first, LowRank):
-        return _low_rank([term for term in elements if isinstance(term, LowRank)], point, upload)
+        return _low_rank([term for term in elements if isinstance(term, LowRank)], point, upload, device)
     if isinstance(first, Kronecker):
         kronecker = [term for term in elements if isinstance(term, Kronecker)]
         w1 = _stack([upload(term.w1).dense() for term in kronecker])
@@ -130,15 +130,22 @@ def _product(elements: list[Term], point: AttachPoint, upload: Upload, device: t
     return lambda x, d: sparse.rows(x) if point.kind == "embedding" else sparse.times(x)
 
 
-def _low_rank(elements: list[LowRank], point: AttachPoint, upload: Upload) -> Product:
-    v = _stack([upload(term.v).dense()[:, : point.inner] for term in elements])
-    u = None
+def _low_rank(elements: list[LowRank], point: AttachPoint, upload: Upload, device: torch.device) -> Product:
+    stored = [upload(term.v) for term in elements]
+
+    def stacked() -> torch.Tensor:
+        return _stack([matrix.dense()[:, : point.inner] for matrix in stored])
+
+    # without U, V is as large as the weight, and like that it is widened only while it is used
+    u = v = None
     if elements[0].u is not None:
         u = _stack([_out_last(term.u, upload)[:, : point.out] for term in elements if term.u is not None])
-    each = torch.arange(len(v), device=v.device)[:, None]
+        v = stacked()
+    each = torch.arange(len(stored), device=device)[:, None]
 
     def product(x: torch.Tensor, d: torch.Tensor | None) -> torch.Tensor:
-        hidden = v[each, :, x] if point.kind == "embedding" else torch.bmm(x, v.transpose(1, 2))
+        wide = stacked() if v is None else v
+        hidden = wide[each, :, x] if point.kind == "embedding" else torch.bmm(x, wide.transpose(1, 2))
         hidden = hidden if d is None else hidden * d
         return hidden if u is None else torch.bmm(hidden, u)
 

@@ -71,7 +71,7 @@ class TorchExecutable:
         self._effects: dict[Handles, dict[str, Effect | None]] = {}
         self._closed = False
         with translated("the model"):
-            self._weights = {name: matrix(tensors[name], self._device) for name in program.weights}
+            self._weights = {name: self._upload(tensors[name]) for name in program.weights}
             self._constants = {
                 name: to_device(value, self._device) for name, value in program.constants.items()
             }
