@@ -212,6 +212,12 @@ def adding_an_adapter_of_another_base(made: Made, path: Path) -> list[object]:
     return ["adapter", "add", shutil.copy(made.other, path / "copy.adrt"), made.poet]
 
 
+def adding_an_adapter_that_cannot_run(made: Made, path: Path) -> list[object]:
+    folder = shutil.copytree(made.poet_folder, path / "huge")
+    edit_json(folder / "adapter_config.json", lora_alpha=1e300)
+    return ["adapter", "add", shutil.copy(made.model, path / "copy.adrt"), folder]
+
+
 def adapter_with_an_unknown_key(made: Made, path: Path) -> list[object]:
     folder = shutil.copytree(made.poet_folder, path / "odd")
     tensors = load_file(folder / "adapter_model.safetensors")
@@ -322,6 +328,7 @@ WRONG: dict[Wrong, str] = {
     adapter_of_another_base: "base",
     packing_an_adapter_of_another_base: "base",
     adding_an_adapter_of_another_base: "base",
+    adding_an_adapter_that_cannot_run: "expected a finite float32",
     adapter_with_an_unknown_key: "lora_X",
     adapter_with_an_unknown_option: "use_magic",
     qalora_without_a_plugin: "use_qalora",

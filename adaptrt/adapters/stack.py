@@ -75,6 +75,14 @@ def lower_each(
     problems.raise_for(f"{what}: lowered by variant {variant.name}")
 
 
+def check_lowers(
+    adapter: Adapter, variants: Mapping[str, Variant], base: Base, progress: Progress = no_progress
+) -> None:
+    """Raise AdapterError for what cannot be lowered, as `lower` does, before it is written anywhere."""
+    for _ in lower_each(adapter, variants, base, 1.0, progress):
+        pass
+
+
 def _lower_target(
     target: Target, tensors: Mapping[str, Tensor], variant: Variant, base: BaseWeight, scale: float
 ) -> Lowered:

@@ -12,7 +12,7 @@ import click
 
 from adaptrt.adapters.algebra import Combination, Recipe, SignMethod, combine
 from adaptrt.adapters.base import open_base
-from adaptrt.adapters.stack import lower
+from adaptrt.adapters.stack import check_lowers
 from adaptrt.adapters.storage import PREFIX, check_name, list_adapters
 from adaptrt.api import find_adapter
 from adaptrt.cli.inspect import adapter_line, describe_adapter
@@ -115,7 +115,7 @@ def combine_command(
         weights = [choice.scale for choice in choices]
         with Progress(f"combining into {out}") as progress:
             adapter = combine(found, weights, name or out.stem, recipe, progress)
-            lower(adapter, registry.variants, view, 1.0)  # what cannot be run is not written
+            check_lowers(adapter, registry.variants, view)
             write_adapter_file(out, replace(adapter, base=view.record()))
     note(f"wrote {out}, {size_text(out.stat().st_size)}")
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from adaptrt.adapters.base import BaseView
+from adaptrt.adapters.stack import check_lowers
 from adaptrt.adapters.storage import (
     PREFIX,
     check_base,
@@ -36,6 +37,7 @@ def store_adapter(
     """
     if source.is_dir():
         adapter = import_peft(source, registry.variants, base, name, progress=progress)
+        check_lowers(adapter, registry.variants, base, progress)
         show_adapter_notes(adapter)
         write_adapter(writer, replace(adapter, base=base.record()))
         return adapter.name

@@ -18,7 +18,7 @@ from adaptrt.adapters.check import PEFT_PREFIX, check_adapter
 from adaptrt.adapters.derive import with_derived
 from adaptrt.adapters.lora import other_methods
 from adaptrt.adapters.problems import Problems, brief
-from adaptrt.adapters.stack import lower, lower_each
+from adaptrt.adapters.stack import check_lowers, lower
 from adaptrt.adapters.storage import check_name, write_adapter
 from adaptrt.adapters.stored import AdapterDtype, convert_tensors
 from adaptrt.adapters.variant import Adapter, Module, Variant, no_progress
@@ -73,8 +73,7 @@ class PeftImporter:
             adapter = import_peft(src, options.variants, base, options.name, options.initial, targets_done)
             check_name(adapter.name)
             if options.adapter_dtype is None:
-                for _ in lower_each(adapter, options.variants, base, 1.0, targets_done):
-                    pass  # what cannot be run is not written
+                check_lowers(adapter, options.variants, base, targets_done)
             else:
                 adapter = _with_dtype(adapter, base, options.variants, options.adapter_dtype, targets_done)
             adapter = replace(adapter, base=base.record())
