@@ -133,6 +133,9 @@ def test_embeddings_saved_beside_the_adapter_take_the_base_s_place_unless_they_a
             new = edited(plain, tmp_path / f"new{count}", tensors=trained)
             model.load_adapter(new)
             assert relative_error(model.logits(IDS, new.name), peft_logits(oracle, new)) <= 1e-4
+        broken = with_ends({"lm_head": table * float("nan")})
+        with pytest.raises(AdaptrtError, match=r"lm_head.weight holds NaN or infinity"):
+            model.load_adapter(edited(plain, tmp_path / "broken", tensors=broken))
 
 
 @pytest.mark.parametrize(("shape", "modules"), [
