@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.isas import ISAS, load_on_cpu
 
 from adaptrt.adapters.fit import AttachPoint
 from adaptrt.adapters.normal import Lowered
 from adaptrt.backends.base import LoadOptions
-from adaptrt.backends.cpu import CpuBackend
 from adaptrt.backends.reference import ReferenceBackend
-from adaptrt.errors import BackendError
 from adaptrt.program import Embed, Linear, Logits, Norm
 from adaptrt.quant.plain import from_float32
 from adaptrt.testing.programs import (
@@ -44,7 +43,6 @@ from adaptrt.testing.programs import (
 )
 from adaptrt.testing.programs import model as made
 
-ISAS = ("portable", "avx2", "avx512", "avx512_vnni")
 DTYPES = ("f32", "f16", "bf16", "int8", "nf4")
 EXACT = 4e-6  # float32 sums of a few hundred products in another order
 OPTIONS = LoadOptions(threads=2, precision="exact", page_tokens=32, kv_dtype="f32")
@@ -52,12 +50,7 @@ STEPS = (1, 2, 5, 8, 17)
 
 
 def load(model: Model, **options: Any) -> Any:
-    try:
-        return CpuBackend().load(model.program, model.tensors, replace(OPTIONS, **options))
-    except BackendError as error:
-        if "lacks instruction set" in str(error):
-            pytest.skip(str(error))
-        raise
+    return load_on_cpu(model, OPTIONS, **options)
 
 
 def product(rows: int, cols: int, dtype: str = "f32", bias: bool = False) -> Model:

@@ -6,6 +6,9 @@ static const kernels *const best_first[] = {
     &cpu_kernels_vnni,
     &cpu_kernels_avx512,
     &cpu_kernels_avx2,
+#elif defined(__aarch64__)
+    &cpu_kernels_neon_dot,
+    &cpu_kernels_neon,
 #endif
     &cpu_kernels_portable,
 };

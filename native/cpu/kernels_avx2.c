@@ -1,6 +1,6 @@
 /* Kernels for AVX2 with FMA and F16C. */
-#if defined(__x86_64__)
 #include <immintrin.h>
+#include <pthread.h>
 
 #include "elementwise.h"
 #include "quant_tables.h"
@@ -50,11 +50,72 @@ static inline vec v_weights(int dtype, const uint8_t *block, int i) {
 
 #include "product.h"
 
-static bool ready(void) {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+typedef struct {
+  __m256i words[4];
+} codes;
+typedef __m256i ints;
+
+#include "integer.h"
+#include "words.h"
+
+static uint8_t codebook[2][32]; /* low and high bytes of its words, twice: vpshufb looks up in halves */
+
+static void fill_tables(void) {
+  for (int i = 0; i < 32; i++) {
+    codebook[0][i] = (uint8_t)nf4_word(i % 16);
+    codebook[1][i] = (uint8_t)(nf4_word(i % 16) >> 8);
+  }
 }
 
-const kernels cpu_kernels_avx2 = {.name = "avx2", .isa = ADRT_ISA_AVX2, .ready = ready, COMMON_KERNELS};
-#else
-typedef int not_for_this_cpu;
-#endif
+INLINE vec v_from_ints(ints v) { return _mm256_cvtepi32_ps(v); }
+INLINE __m256i load_256(const void *p) { return _mm256_loadu_si256(p); }
+
+/* The words of 32 nibbles: those of bytes 0-7 and 16-23, then the others. */
+INLINE void look_up_words(__m256i nibbles, __m256i *out) {
+  __m256i low = _mm256_shuffle_epi8(load_256(codebook[0]), nibbles);
+  __m256i high = _mm256_shuffle_epi8(load_256(codebook[1]), nibbles);
+  out[0] = _mm256_unpacklo_epi8(low, high);
+  out[1] = _mm256_unpackhi_epi8(low, high);
+}
+
+/* Bytes 0-7 and 16-23 of a block, then the others; their high nibbles, which come first, then the low ones. */
+INLINE int column_of_nf4(int i) {
+  int byte = i % 16 / 8 * 16 + i / 16 % 2 * 8 + i % 8;
+  return 2 * byte + i / 32;
+}
+
+INLINE codes unpack(int form, const uint8_t *block) {
+  codes c;
+  if (form == INT8_WORDS) {
+    for (int i = 0; i < 4; i++)
+      c.words[i] = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)(block + 16 * i)));
+    return c;
+  }
+  const __m256i nibble = _mm256_set1_epi8(15), bytes = load_256(block);
+  look_up_words(_mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble), c.words);
+  look_up_words(_mm256_and_si256(bytes, nibble), c.words + 2);
+  return c;
+}
+
+INLINE ints dot(int form, codes w, const uint8_t *x, int32_t start) {
+  (void)form, (void)start;
+  __m256i sum[4];
+  for (int i = 0; i < 4; i++) sum[i] = _mm256_madd_epi16(w.words[i], load_256(x + 32 * i));
+  return _mm256_add_epi32(_mm256_add_epi32(sum[0], sum[1]), _mm256_add_epi32(sum[2], sum[3]));
+}
+
+static bool ready(void) {
+  static pthread_once_t once = PTHREAD_ONCE_INIT;
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c"))
+    return false;
+  pthread_once(&once, fill_tables);
+  return true;
+}
+
+const kernels cpu_kernels_avx2 = {
+    .name = "avx2",
+    .isa = ADRT_ISA_AVX2,
+    .ready = ready,
+    WORDS_KERNELS,
+    COMMON_KERNELS,
+};

@@ -83,7 +83,15 @@ typedef struct {
 } adrt_program;
 
 enum adrt_precision { ADRT_EXACT = 0, ADRT_FAST = 1 };
-enum adrt_isa { ADRT_ISA_AUTO = 0, ADRT_ISA_PORTABLE = 1, ADRT_ISA_AVX2 = 2, ADRT_ISA_AVX512 = 3, ADRT_ISA_AVX512_VNNI = 4 };
+enum adrt_isa {
+  ADRT_ISA_AUTO = 0,
+  ADRT_ISA_PORTABLE = 1,
+  ADRT_ISA_AVX2 = 2,
+  ADRT_ISA_AVX512 = 3,
+  ADRT_ISA_AVX512_VNNI = 4,
+  ADRT_ISA_NEON = 5,
+  ADRT_ISA_NEON_DOT = 6
+};
 
 typedef struct {
   int32_t threads;     /* >= 1, the caller's thread included */
