@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.isas import ISAS, load_on_cpu
+from helpers.isas import FLOAT_ISAS, ISAS, load_on_cpu
 
 from adaptrt.adapters.fit import AttachPoint
 from adaptrt.adapters.normal import Lowered
@@ -101,7 +101,7 @@ FLOATS_ONLY: dict[str, Callable[[AttachPoint, str], Any]] = {
 SHAPES = [(64, 128), (65, 75), (48, 192), (31, 64), (130, 70), (64, 64), (1, 1)]
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", FLOAT_ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_terms(isa: str, dtype: str) -> None:
     makers = LOW_RANK if dtype in ("int8", "nf4") else LOW_RANK | FLOATS_ONLY
@@ -113,7 +113,7 @@ def test_terms(isa: str, dtype: str) -> None:
             compare(model, {"w": Lowered((make(at, dtype),))}, EXACT, isa=isa)
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", FLOAT_ISAS)
 def test_sparse_terms_and_vectors(isa: str) -> None:
     for rows, cols in SHAPES:
         model, at = product(rows, cols, "nf4", bias=True), AttachPoint("linear", rows, cols)

@@ -209,5 +209,5 @@ class EmulatedBackend:
         return missing_tools()
 
     def load(self, program: Program, tensors: Mapping[str, Tensor], options: LoadOptions) -> NativeExecutable:
-        """As CpuBackend.load, with as many threads as asked for, at least one."""
-        return NativeExecutable(emulated_calls(), program, tensors, options, options.threads or 1)
+        """As CpuBackend.load, with one thread: in an emulator more would only wait for each other."""
+        return NativeExecutable(emulated_calls(), program, tensors, options, 1)
