@@ -1,4 +1,5 @@
 /* Kernels for AVX2 with FMA and F16C. */
+#include <cpuid.h>
 #include <immintrin.h>
 #include <pthread.h>
 
@@ -104,10 +105,15 @@ INLINE ints dot(int form, codes w, const uint8_t *x, int32_t start) {
   return _mm256_add_epi32(_mm256_add_epi32(sum[0], sum[1]), _mm256_add_epi32(sum[2], sum[3]));
 }
 
+/* Not every Clang has a name for it. */
+static bool has_f16c(void) {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+
 static bool ready(void) {
   static pthread_once_t once = PTHREAD_ONCE_INIT;
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c"))
-    return false;
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !has_f16c()) return false;
   pthread_once(&once, fill_tables);
   return true;
 }
