@@ -30,7 +30,7 @@ class LoadOptions:
     precision: Precision = "fast"
     kv_dtype: Literal["f16", "f32"] = "f16"
     page_tokens: int = 32
-    isa: Literal["auto", "portable", "avx2", "avx512", "avx512_vnni", "neon", "neon_dot"] = "auto"
+    isa: Literal["auto", "portable", "avx2", "avx512", "avx512_vnni", "neon", "neon_dot", "avx_vnni"] = "auto"
     device: str = ""
 
 

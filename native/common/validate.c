@@ -211,7 +211,7 @@ int cpu_validate_options(const adrt_options *o, adrt_error *error) {
   if (o->page_tokens < 1 || o->page_tokens > MAX_PAGE_TOKENS || (o->page_tokens & (o->page_tokens - 1)))
     return cpu_fail(error, ADRT_BAD_ARGUMENT, "pages of %d tokens, expected a power of two up to %d",
                     o->page_tokens, MAX_PAGE_TOKENS);
-  if (o->isa < ADRT_ISA_AUTO || o->isa > ADRT_ISA_NEON_DOT)
+  if (o->isa < ADRT_ISA_AUTO || o->isa > ADRT_ISA_AVX_VNNI)
     return cpu_fail(error, ADRT_BAD_ARGUMENT, "unknown instruction set %d", o->isa);
   return ADRT_OK;
 }

@@ -4,6 +4,7 @@
 static const kernels *const best_first[] = {
 #if defined(__x86_64__)
     &cpu_kernels_vnni,
+    &cpu_kernels_avx_vnni,
     &cpu_kernels_avx512,
     &cpu_kernels_avx2,
 #elif defined(__aarch64__)

@@ -61,7 +61,7 @@ static inline bool needs_decoding(const matrix *m) {
 
 extern const kernels cpu_kernels_portable;
 #if defined(__x86_64__)
-extern const kernels cpu_kernels_avx2, cpu_kernels_avx512, cpu_kernels_vnni;
+extern const kernels cpu_kernels_avx2, cpu_kernels_avx_vnni, cpu_kernels_avx512, cpu_kernels_vnni;
 #elif defined(__aarch64__)
 extern const kernels cpu_kernels_neon, cpu_kernels_neon_dot;
 #endif

@@ -1,119 +1,17 @@
-/* Kernels for AVX2 with FMA and F16C. */
-#include <cpuid.h>
-#include <immintrin.h>
-#include <pthread.h>
-
-#include "elementwise.h"
-#include "quant_tables.h"
-
-enum { LANES = 8, TILE_ROWS = 1 };
-typedef __m256 vec;
-
-static inline vec v_zero(void) { return _mm256_setzero_ps(); }
-static inline vec v_set1(float x) { return _mm256_set1_ps(x); }
-static inline vec v_load(const float *p) { return _mm256_loadu_ps(p); }
-static inline void v_store(float *p, vec v) { _mm256_storeu_ps(p, v); }
-static inline vec v_mul(vec a, vec b) { return _mm256_mul_ps(a, b); }
-static inline vec v_add(vec a, vec b) { return _mm256_add_ps(a, b); }
-static inline vec v_fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
-static inline float v_sum(vec v) {
-  __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-}
-
-static inline vec v_items(int dtype, const uint8_t *items) {
-  if (dtype == ADRT_F32) return _mm256_loadu_ps((const float *)(const void *)items);
-  __m128i half = _mm_loadu_si128((const __m128i *)(const void *)items);
-  if (dtype == ADRT_F16) return _mm256_cvtph_ps(half);
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
-}
-
-/* vpermps picks from 8 entries by the low 3 bits; bit 3, moved to the sign, picks between the two halves. */
-static inline vec nf4_lookup(__m256i codes) {
-  vec low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(NF4_CODEBOOK), codes);
-  vec high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(NF4_CODEBOOK + 8), codes);
-  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28)));
-}
-
-static inline vec v_weights(int dtype, const uint8_t *block, int i) {
-  if (dtype == ADRT_NF4) { /* of each 16 bytes: 16 high nibbles in two vecs, then 16 low ones */
-    const uint8_t *bytes = block + i / 4 * 16 + i % 2 * LANES;
-    __m256i codes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)bytes));
-    return nf4_lookup(i % 4 < 2 ? _mm256_srli_epi32(codes, 4) : codes);
-  }
-  if (dtype == ADRT_INT8) {
-    __m128i codes = _mm_loadl_epi64((const __m128i *)(const void *)(block + i * LANES));
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes));
-  }
-  return v_items(dtype, block + i * LANES * (dtype == ADRT_F32 ? 4 : 2));
-}
-
-#include "product.h"
-
-typedef struct {
-  __m256i words[4];
-} codes;
-typedef __m256i ints;
-
-#include "integer.h"
-#include "words.h"
-
-static uint8_t codebook[2][32]; /* low and high bytes of its words, twice: vpshufb looks up in halves */
-
-static void fill_tables(void) {
-  for (int i = 0; i < 32; i++) {
-    codebook[0][i] = (uint8_t)nf4_word(i % 16);
-    codebook[1][i] = (uint8_t)(nf4_word(i % 16) >> 8);
-  }
-}
-
-INLINE vec v_from_ints(ints v) { return _mm256_cvtepi32_ps(v); }
-INLINE __m256i load_256(const void *p) { return _mm256_loadu_si256(p); }
-
-/* The words of 32 nibbles: those of bytes 0-7 and 16-23, then the others. */
-INLINE void look_up_words(__m256i nibbles, __m256i *out) {
-  __m256i low = _mm256_shuffle_epi8(load_256(codebook[0]), nibbles);
-  __m256i high = _mm256_shuffle_epi8(load_256(codebook[1]), nibbles);
-  out[0] = _mm256_unpacklo_epi8(low, high);
-  out[1] = _mm256_unpackhi_epi8(low, high);
-}
-
-/* Bytes 0-7 and 16-23 of a block, then the others; their high nibbles, which come first, then the low ones. */
-INLINE int column_of_nf4(int i) {
-  int byte = i % 16 / 8 * 16 + i / 16 % 2 * 8 + i % 8;
-  return 2 * byte + i / 32;
-}
-
-INLINE codes unpack(int form, const uint8_t *block) {
-  codes c;
-  if (form == INT8_WORDS) {
-    for (int i = 0; i < 4; i++)
-      c.words[i] = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)(block + 16 * i)));
-    return c;
-  }
-  const __m256i nibble = _mm256_set1_epi8(15), bytes = load_256(block);
-  look_up_words(_mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble), c.words);
-  look_up_words(_mm256_and_si256(bytes, nibble), c.words + 2);
-  return c;
-}
+/* Kernels for AVX2: integer products of 16-bit words. vpmaddubsw multiplies bytes, but saturates at pairs of nf4's, and
+ * with signs moved from weights to activations, so that it does not, bytes take as many operations as words. */
+#include "kernels_avx2.h"
 
 INLINE ints dot(int form, codes w, const uint8_t *x, int32_t start) {
   (void)form, (void)start;
   __m256i sum[4];
-  for (int i = 0; i < 4; i++) sum[i] = _mm256_madd_epi16(w.words[i], load_256(x + 32 * i));
+  for (int i = 0; i < 4; i++) sum[i] = _mm256_madd_epi16(w.v[i], load_256(x + 32 * i));
   return _mm256_add_epi32(_mm256_add_epi32(sum[0], sum[1]), _mm256_add_epi32(sum[2], sum[3]));
-}
-
-/* Not every Clang has a name for it. */
-static bool has_f16c(void) {
-  unsigned a, b, c, d;
-  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
 
 static bool ready(void) {
   static pthread_once_t once = PTHREAD_ONCE_INIT;
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !has_f16c()) return false;
+  if (!has_avx2()) return false;
   pthread_once(&once, fill_tables);
   return true;
 }

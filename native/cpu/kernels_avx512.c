@@ -9,7 +9,7 @@ typedef struct {
 typedef __m512i ints;
 
 #include "integer.h"
-#include "words.h"
+#include "forms.h"
 
 INLINE vec v_from_ints(ints v) { return _mm512_cvtepi32_ps(v); }
 INLINE __m512i load_512(const void *p) { return _mm512_loadu_si512(p); }
@@ -35,7 +35,7 @@ INLINE codes unpack(int form, const uint8_t *block) {
   return c;
 }
 
-INLINE int column_of_nf4(int i) { return i % 16 * 4 + i / 16; }
+INLINE int column_of_nf4(int form, int i) { return (void)form, i % 16 * 4 + i / 16; }
 
 INLINE ints dot(int form, codes w, const uint8_t *x, int32_t start) {
   (void)form, (void)start;

@@ -90,7 +90,8 @@ enum adrt_isa {
   ADRT_ISA_AVX512 = 3,
   ADRT_ISA_AVX512_VNNI = 4,
   ADRT_ISA_NEON = 5,
-  ADRT_ISA_NEON_DOT = 6
+  ADRT_ISA_NEON_DOT = 6,
+  ADRT_ISA_AVX_VNNI = 7
 };
 
 typedef struct {

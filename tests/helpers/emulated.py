@@ -49,7 +49,7 @@ def missing_tools() -> str | None:
 def compile_backend(folder: Path) -> Path:
     """Everything that CMake compiles for AArch64, and the driver, as one static program."""
     sources = [*NATIVE.glob("common/*.c"), *NATIVE.glob("cpu/*.c"), Path(__file__).with_suffix(".c")]
-    sources = [s for s in sources if s.stem not in ("kernels_avx2", "kernels_avx512", "kernels_vnni")]
+    sources = [s for s in sources if not s.stem.startswith(("kernels_avx", "kernels_vnni"))]
     include = [f"-I{NATIVE / name}" for name in ("include", "common", "cpu")]
 
     def compile_one(number: int) -> str:

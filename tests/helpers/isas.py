@@ -14,10 +14,10 @@ from adaptrt.backends.native import NativeExecutable
 from adaptrt.errors import BackendError
 from adaptrt.testing.programs import Model
 
-ISAS = ("portable", "avx2", "avx512", "avx512_vnni", "neon", "neon_dot")
-INTEGER_ISAS = ("avx2", "avx512", "avx512_vnni", "neon_dot")  # whose `fast` multiplies integers
-BYTE_ISAS = ("avx512_vnni", "neon_dot")  # ... and bytes for what a gated activation reads
-FLOAT_ISAS = ISAS[:-1]  # neon_dot has the float32 kernels of neon
+ISAS = ("portable", "avx2", "avx512", "avx512_vnni", "neon", "neon_dot", "avx_vnni")
+INTEGER_ISAS = ("avx2", "avx512", "avx512_vnni", "neon_dot", "avx_vnni")  # whose `fast` multiplies integers
+BYTE_ISAS = ("avx512_vnni", "neon_dot", "avx_vnni")  # ... and bytes for what a gated activation reads
+FLOAT_ISAS = ISAS[:-2]  # the last two have the float32 kernels of neon and avx2
 
 
 def load_on_cpu(model: Model, options: LoadOptions, **changes: Any) -> NativeExecutable:
