@@ -20,18 +20,18 @@ INLINE codes unpack(int form, const uint8_t *block);
 /* The products of a block with 64 activations, shared among the lanes; with `start` in one of them. */
 INLINE ints dot(int form, codes w, const uint8_t *x, int32_t start);
 INLINE vec v_from_ints(ints v);
-INLINE int64_t x_bytes(int form);     /* in which a block of activations is stored */
-INLINE float x_range(int form);       /* the largest activation as an integer */
-INLINE float value_of_one(int form);  /* what a weight of 1 stands for */
+INLINE int64_t x_bytes(int form);    /* in which a block of activations is stored */
+INLINE float x_range(int form);      /* the largest activation as an integer */
+INLINE float value_of_one(int form); /* what a weight of 1 stands for */
 /* 64 activations in the order in which weights unpack; returns what their sums start from. */
 INLINE int32_t store_block(int form, const int32_t q[BLOCK], uint8_t *out);
 
 enum {
   ROWS_TOGETHER = 32,
-  TOKENS_TOGETHER = 8, /* a block in registers meets */
-  BYTES_AHEAD = 8192, /* from where weights are fetched into L2: into L1 gave three fifths for int8 */
-  ROWS_AHEAD = 2,     /* the same where columns are cut into chunks */
-  CHUNK_BLOCKS = 16, /* of activations, which stay in the L1 cache while all rows meet them */
+  TOKENS_TOGETHER = 8, /* that a block in registers meets */
+  CHUNK_BLOCKS = 16,   /* of activations, which stay in the L1 cache while all rows meet them */
+  BYTES_AHEAD = 8192,  /* from where weights are fetched into L2: into L1 gave three fifths of the speed for int8 */
+  ROWS_AHEAD = 2       /* the same where columns are cut into chunks */
 };
 
 /* A token's quantized activations are, block after block, the codes and what follows them: one pointer walks it all. */

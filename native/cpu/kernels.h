@@ -11,7 +11,7 @@
 enum layout_of_x {
   X_PLAIN,      /* as they are */
   X_SPLIT,      /* each 32 reordered into 16 even, 16 odd: the order in which nf4 nibbles unpack */
-  X_WORDS,       /* 16-bit integers and scales: see kernels_vnni.c */
+  X_WORDS,       /* integers of about 13 bits and scales, laid out as the table's kernels want them */
   X_WORDS_SPLIT, /* the same, in the order in which nf4 unpacks there */
   X_BYTES_SPLIT, /* 8-bit integers, scales and sums */
 };
