@@ -9,6 +9,7 @@
  * tile of tokens after the other from the L1 cache. Weights are fetched in the order of memory, by prefetches
  * one pair of panels ahead, so that DRAM sees one long stream although the rows of a panel are read together.
  */
+#if defined(__x86_64__)
 #include <immintrin.h>
 #include <pthread.h>
 
@@ -446,3 +447,6 @@ const kernels cpu_kernels_vnni = {
     .quantize = quantize,
     COMMON_KERNELS,
 };
+#else
+typedef int not_for_this_cpu;
+#endif
