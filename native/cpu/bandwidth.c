@@ -71,7 +71,6 @@ double adrt_read_bandwidth(uint64_t bytes, int32_t threads, int32_t repeats) {
       if (rate > best) best = rate;
     }
   }
-  (void)sink;
   free(words);
   return best;
 }
