@@ -104,6 +104,19 @@ def test_rounds_drop_the_first_and_ratios_pair_them() -> None:
     assert a.floor_seconds(10, 0) == 10 and a.floor_seconds(1000, 100) == 10
 
 
+def test_works_take_turns_and_a_round_counts_the_median_of_its_runs() -> None:
+    order: list[str] = []
+    seconds = {"a": iter([9.0, 9.0, 9.0, 3.0, 1.0, 8.0]), "b": iter([9.0, 5.0])}
+
+    def work(name: str, runs: int) -> Work:
+        return Work(name, 1, lambda: order.append(name) or next(seconds[name]), runs=runs)
+
+    works = [work("a", 3), work("b", 1)]
+    measure(works, 1, lambda _: None)
+    assert order == ["a", "b", "a", "a"] * 2
+    assert [work.seconds for work in works] == [[3.0], [5.0]]
+
+
 def test_random_weights_are_finite_and_small() -> None:
     architecture = LlamaArchitecture()
     specs = architecture.tensors(architecture.metadata(SHAPES["tinyllama"]))

@@ -9,12 +9,21 @@ import numpy as np
 import pytest
 from helpers.isas import FLOAT_ISAS, INTEGER_ISAS, load_on_cpu
 
-from adaptrt.backends.base import Executable, LoadOptions
-from adaptrt.testing.programs import Pages, Run, Sizes, adapter, batch, decoder, everything
+from adaptrt.adapters.normal import Lowered, LoweredAdapter, LowRank
+from adaptrt.backends.base import Executable, LoadOptions, attach_points
+from adaptrt.quant.plain import from_float32
+from adaptrt.testing.programs import Model, Pages, Run, Sizes, adapter, batch, decoder, everything, random
 
 OPTIONS = LoadOptions(threads=1, precision="exact", page_tokens=4)
-SEQUENCES = [[5, 9, 2, 30, 7, 7, 1, 22, 3, 14, 6], [1], [8, 8, 8, 8, 8], [3, 4], [12, 0, 19, 25, 2, 31, 6]]
-STACKS = [(0, 1), (), (0,), (2, 1), (1, 2)]
+SEQUENCES = [
+    [5, 9, 2, 30, 7, 7, 1, 22, 3, 14, 6],
+    [1],
+    [8, 8, 8, 8, 8],
+    [3, 4],
+    [12, 0, 19, 25, 2, 31, 6],
+    *([7, 3, 9], [2, 2, 5, 1], [6], [11, 30, 4, 4, 4, 4]),
+]
+STACKS = [(0, 1), (), (0,), (2, 1), (1, 2), (3,), (4,), (), (4, 0, 3)]  # 3 and 4 share U and V
 MODELS = {
     "nf4": decoder(Sizes(layers=1)),
     "nf4 odd": decoder(Sizes(width=75, heads=3, kv_heads=1, head_dim=10, mlp=43, vocabulary=37, layers=1)),
@@ -23,12 +32,29 @@ MODELS = {
 }
 
 
+def sharing(made: Model, rank: int, count: int) -> list[LoweredAdapter]:
+    """Adapters with one U and one V for all targets, two vectors for each, as VeRA's."""
+    points = {t: at for t, at in attach_points(made.program, made.tensors).items() if at.kind == "linear"}
+    u = from_float32(random(1, max(at.out for at in points.values()), rank, scale=0.1), "bf16")
+    v = from_float32(random(2, rank, max(at.inner for at in points.values()), scale=0.1), "bf16")
+
+    def lowered(seed: int, out: int) -> Lowered:
+        return Lowered((LowRank(u, v, 0.5, d=random(seed, rank), e=random(seed + 1, out)),))
+
+    return [
+        {target: lowered(1000 * i + 10 * k, at.out) for k, (target, at) in enumerate(points.items())}
+        for i in range(count)
+    ]
+
+
 def load(model: str, **options: Any) -> Executable:
     made = MODELS[model]
     executable = load_on_cpu(made, OPTIONS, **options)
     for seed, dtype, rank in ((1, "bf16", 6), (2, "f32", 17)):
         executable.attach(adapter(made, seed, dtype, rank))
     executable.attach(everything(made, 3))
+    for shared in sharing(made, 128, 2):
+        executable.attach(shared)
     executable.reserve(64)
     return executable
 
@@ -61,7 +87,10 @@ def together(executable: Executable, chunks: list[list[int]]) -> list[np.ndarray
 
 
 WHOLE = [[len(tokens)] for tokens in SEQUENCES]
-CHUNKED = [[3, 1, 5, 2], [0, 0, 1, 0], [1, 1, 1, 2], [0, 2, 0, 0], [4, 0, 0, 3]]
+CHUNKED = [
+    *([3, 1, 5, 2], [0, 0, 1, 0], [1, 1, 1, 2], [0, 2, 0, 0], [4, 0, 0, 3]),
+    *([1, 1, 1, 0], [1, 1, 1, 1], [0, 1, 0, 0], [1, 4, 0, 1]),
+]
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,30 @@ def test_sparse_terms_and_vectors(isa: str) -> None:
             compare(model, {"w": one}, 1e-5, steps=(1, 6), isa=isa)
 
 
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+def test_wide_terms_in_fast(dtype: str) -> None:
+    """Factors between two vectors are multiplied as int8: their rounding shows, and stays below 1e-2."""
+    for rows, cols, rank in ((64, 128, 128), (65, 192, 256), (31, 64, 192), (130, 320, 64)):
+        model, at = product(rows, cols), AttachPoint("linear", rows, cols)
+        for beyond in (0, 64, 7):
+            term = low_rank(1, at, rank, dtype, beyond=beyond, d=True, e=True)
+            adapted = {"w": Lowered((term,))}
+            compare(model, adapted, 1e-2, isa="avx512_vnni", precision="fast")
+            if (cols + beyond) % 64 == 0:
+                with pytest.raises(AssertionError):
+                    compare(model, adapted, 5e-4, steps=(5,), isa="avx512_vnni", precision="fast")
+
+
+def test_a_wide_term_that_is_not_finite_is_taken_as_it_is() -> None:
+    at = AttachPoint("linear", 64, 128)
+    term = low_rank(1, at, 128, "f32", d=True, e=True)
+    values = term.v.data.view(np.float32).reshape(128, 128).copy()
+    values[5, 7] = np.inf
+    executable = load(product(64, 128), isa="avx512_vnni", precision="fast")
+    handle = executable.attach({"w": Lowered((replace(term, v=from_float32(values, "f32")),))})
+    assert not np.isfinite(run_tokens(executable, [1], OPTIONS.page_tokens, [handle])).any()
+
+
 def test_rotations_in_the_fast_product() -> None:
     for block in (1, 4, 16, 32, 64, 160):
         model = product(96, 320, "nf4")

@@ -1,4 +1,4 @@
-"""What is timed, and how: rounds over all of it, so that a machine's noise falls on everything alike."""
+"""What is timed, and how: in turns, so that a machine's noise and its changes of speed fall on everything alike."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Work:
-    """`run` does the work once and returns its seconds; `seconds` collects a value per round.
+    """`run` does the work once and returns its seconds; `seconds` collects the median of `runs` of them per round.
 
     `tokens` come out of one run; `floor_bytes` and `operations` are what it must at least read and compute
     (a multiply and an add are two operations).
@@ -20,6 +20,7 @@ class Work:
     run: Callable[[], float]
     floor_bytes: int = 0
     operations: int = 0
+    runs: int = 1
     seconds: list[float] = field(default_factory=list)
 
     @property
@@ -44,10 +45,18 @@ class Work:
 
 
 def measure(works: Sequence[Work], rounds: int, progress: Callable[[str], None]) -> None:
-    """Run every work once a round; a first round, dropped, warms caches and page tables."""
+    """Run every work `runs` times a round, all works in turn; a first round, dropped, warms caches and page tables.
+
+    A work's runs lie among the others' ones, so that steps that are compared follow each other within a second.
+    """
     for number in range(rounds + 1):
-        for work in works:
-            progress(f"round {number} of {rounds}: {work.name}")
-            seconds = work.run()
+        taken: list[list[float]] = [[] for _ in works]
+        for turn in range(max(work.runs for work in works)):
+            for work, seconds in zip(works, taken, strict=True):
+                if turn == 0:
+                    progress(f"round {number} of {rounds}: {work.name}")
+                if turn < work.runs:
+                    seconds.append(work.run())
+        for work, seconds in zip(works, taken, strict=True):
             if number:
-                work.seconds.append(seconds)
+                work.seconds.append(statistics.median(seconds))

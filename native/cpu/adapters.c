@@ -1,5 +1,5 @@
-/* Attach and detach adapters lowered to the normal form. Everything is read where it is, except U and rotations,
- * which are copied into panels (executable.h), once for all adapters that share them. */
+/* Attach and detach adapters lowered to the normal form. Everything is read where it is, except low-rank
+ * terms' U and V and rotations, which are copied into huge pages (executable.h), once for all who share them. */
 #include "executable.h"
 
 void cpu_free_adapter(adrt_executable *e, adapter *a) {
@@ -7,7 +7,7 @@ void cpu_free_adapter(adrt_executable *e, adapter *a) {
   for (int32_t t = 0; a->by_target && t < e->n_targets; t++) {
     attachment *at = a->by_target[t];
     if (!at) continue;
-    for (int32_t k = 0; at->terms && k < at->n_terms; k++) cpu_release_panels(e, at->terms[k].u);
+    for (int32_t k = 0; at->terms && k < at->n_terms; k++) cpu_release_term(e, &at->terms[k]);
     cpu_release_panels(e, at->rotation_panels);
     cpu_free(at->terms);
     cpu_free(at);
@@ -24,18 +24,18 @@ static int attach_rotation(adrt_executable *e, const adrt_attachment *in, int64_
   if (in->rotation_block % PANEL) return ADRT_OK;
   const matrix blocks = {.dtype = ADRT_F32, .rows = inner, .cols = in->rotation_block,
                          .data = (const uint8_t *)in->rotation};
-  if (!(result->rotation_panels = cpu_share_panels(e, &blocks)))
+  if (!(result->rotation_panels = cpu_share_panels(e, &blocks, false)))
     return cpu_fail(error, ADRT_NO_MEMORY, "target %d: no memory for a rotation of %lld inputs", in->target,
                     (long long)inner);
   return ADRT_OK;
 }
 
-static int attach_terms(adrt_executable *e, const adrt_attachment *in, int64_t inner, attachment *result,
+static int attach_terms(adrt_executable *e, const adrt_attachment *in, const attach_point *point, attachment *result,
                         adrt_error *error) {
   if (!(result->terms = cpu_calloc(in->n_terms, sizeof *result->terms)))
     return cpu_fail(error, ADRT_NO_MEMORY, "target %d: no memory for %d terms", in->target, in->n_terms);
   for (int32_t k = 0; k < in->n_terms; k++) {
-    int code = cpu_make_term(e, &in->terms[k], inner, &result->terms[k], error);
+    int code = cpu_make_term(e, &in->terms[k], point, &result->terms[k], error);
     if (code != ADRT_OK) return code;
     result->n_terms = k + 1;
   }
@@ -58,7 +58,7 @@ static int attach_target(adrt_executable *e, adapter *a, const adrt_attachment *
   result->c = in->c;
   result->scales_bias = in->scales_bias != 0;
   code = attach_rotation(e, in, point.inner, result, error);
-  return code == ADRT_OK ? attach_terms(e, in, point.inner, result, error) : code;
+  return code == ADRT_OK ? attach_terms(e, in, &point, result, error) : code;
 }
 
 int cpu_attach(adrt_executable *e, int32_t n, const adrt_attachment *attachments, int32_t *handle,

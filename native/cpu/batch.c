@@ -38,34 +38,20 @@ static bool plan_segments(plan *p, const adrt_batch *b) {
 
 static bool is_in_place(const instruction *in) { return in->op.kind == ADRT_LINEAR && in->op.out == in->op.a; }
 
-/* Take `count` times `each` floats of plan.hidden; false when there cannot be so many. */
-static bool plan_hidden(plan *p, int64_t count, int64_t each) {
+bool cpu_plan_hidden(plan *p, int64_t count, int64_t each) {
   int64_t floats = cpu_product(count, each, 1);
   if (floats < 0 || p->n_hidden > ((int64_t)1 << 50) - floats) return false;
   p->n_hidden += floats;
   return true;
 }
 
-static bool plan_term(plan *p, instruction *in, const segment *where, const term *t) {
-  int64_t rows = cpu_rows_to_prepare(t), at_once = cpu_rows_per_job(t), jobs = items_of(rows, at_once);
-  if (!buffer_grow(&p->shrink_buffer, p->n_shrinks + jobs, sizeof *p->shrinks)) return false;
-  p->shrinks = p->shrink_buffer.data;
-  for (int64_t row = 0; row < rows; row += at_once)
-    p->shrinks[p->n_shrinks++] =
-        (shrink_job){where, t, p->n_hidden, row, rows - row < at_once ? rows - row : at_once};
-  in->n_shrinks += jobs;
-  return plan_hidden(p, where->count, t->hidden);
-}
-
 static bool plan_application(plan *p, instruction *in, const segment *where, const attachment *what) {
   if (!buffer_grow(&p->application_buffer, p->n_applications + 1, sizeof *p->applications)) return false;
   p->applications = p->application_buffer.data;
-  p->applications[p->n_applications++] = (application){where, what, p->n_hidden};
+  p->applications[p->n_applications++] = (application){where, what};
   in->n_applications++;
   in->maps_input |= what->g_in || what->rotation;
   in->adds_constant |= what->c != NULL;
-  for (int32_t k = 0; k < what->n_terms; k++)
-    if (!plan_term(p, in, where, &what->terms[k])) return false;
   return true;
 }
 
@@ -75,8 +61,7 @@ static bool plan_instruction(adrt_executable *e, instruction *in) {
   const segment *segments = logits ? p->logit_segments : p->token_segments;
   int64_t n = logits ? p->n_logit_segments : p->n_token_segments;
   in->first_application = p->n_applications;
-  in->first_shrink = p->n_shrinks;
-  in->n_applications = in->n_shrinks = 0;
+  in->n_applications = 0;
   in->maps_input = false;
   in->adds_constant = in->bias != NULL;
   for (int64_t s = 0; in->op.target >= 0 && s < n; s++) {
@@ -87,7 +72,17 @@ static bool plan_instruction(adrt_executable *e, instruction *in) {
     }
   }
   in->kept_at = in->n_applications && is_in_place(in) ? p->n_hidden : -1;
-  return in->kept_at < 0 || plan_hidden(p, tokens_of(e, in), e->strides[in->op.a]);
+  return in->kept_at < 0 || cpu_plan_hidden(p, tokens_of(e, in), e->strides[in->op.a]);
+}
+
+static bool plan_wave(adrt_executable *e, int32_t first, int32_t end) {
+  plan *p = &e->plan;
+  p->n_hidden = 0;
+  for (int32_t i = first; i < end; i++)
+    if (is_product(e->instructions[i].op.kind) && !plan_instruction(e, &e->instructions[i])) return false;
+  bool ok = cpu_plan_parts(e, e->instructions + first, e->instructions + end);
+  if (p->n_hidden > p->most_hidden) p->most_hidden = p->n_hidden;
+  return ok;
 }
 
 /* Where each product of a wave reads its activations: the register itself, a slot of its own, or one it
@@ -146,11 +141,10 @@ static bool reserve_room(adrt_executable *e, const adrt_batch *b) {
 int cpu_plan(adrt_executable *e, const adrt_batch *b, adrt_error *error) {
   plan *p = &e->plan;
   p->batch = b;
-  p->n_applications = p->n_shrinks = p->n_hidden = 0;
+  p->n_applications = p->n_parts = p->n_shrinks = p->n_jobs = p->most_hidden = 0;
   bool ok = reserve_room(e, b) && plan_segments(p, b);
-  for (int32_t i = 0; ok && i < e->n_instructions; i++)
-    if (is_product(e->instructions[i].op.kind)) ok = plan_instruction(e, &e->instructions[i]);
-  ok = ok && cpu_plan_fetches(e) && buffer_reserve(&p->hidden_buffer, p->n_hidden, sizeof *p->hidden);
+  for (int32_t w = 0; ok && w < e->n_waves; w++) ok = plan_wave(e, e->wave_start[w], e->wave_start[w + 1]);
+  ok = ok && buffer_reserve(&p->hidden_buffer, p->most_hidden, sizeof *p->hidden);
   if (!ok)
     return cpu_fail(error, ADRT_NO_MEMORY, "no memory for a step of %d tokens and %d logit rows", b->n_tokens,
                     b->n_logits);

@@ -36,16 +36,30 @@ typedef struct panels {
   matrix source;
   int64_t references;
   int32_t dtype; /* of the panels */
+  bool wide;     /* int8 as add_wide reads it; the stride is in bytes then */
   int64_t rank, stride; /* items in a panel */
   uint8_t *items;
   arena *arena; /* where the items lie */
   float *scales; /* int8, nf4: [ceil(out/64)][rank] */
 } panels;
 
+/* An adapter's V in huge pages; made once for all terms whose tensor has the same data pointer. */
+typedef struct projection {
+  struct projection *next;
+  const uint8_t *source;
+  int32_t dtype; /* of the source */
+  int64_t references;
+  matrix v;
+  bool wide; /* int8, and read by shrink_wide */
+  arena *arena;
+  int64_t newest; /* the last of plan.shrinks that reads it; may be of an earlier wave or step */
+} projection;
+
 typedef struct {
   int32_t kind; /* adrt_term_kind */
   float scale;
   matrix v;         /* LOW_RANK: [rank, in]; KRONECKER: W2 [c, d] */
+  projection *projection; /* LOW_RANK with U: whose v it is */
   panels *u;        /* LOW_RANK: NULL is the identity */
   matrix w1;        /* KRONECKER: [a, b] */
   const float *d, *e; /* LOW_RANK: [rank], [out], or NULL */
@@ -78,23 +92,34 @@ typedef struct {
 typedef struct {
   const segment *where;
   const attachment *what;
-  int64_t hidden; /* floats into plan.hidden, where its terms' [count, term.hidden] lie one after the other */
 } application;
 
-/* Some rows of a term's v for the tokens of a segment: V x, or W2's share of a Kronecker product. */
+/* A term, or a gain, of an application. Those of an operation act one after the other; where some read the same U for
+ * tokens that follow each other, the first is done for all of them. */
 typedef struct {
-  const segment *where;
   const term *what;
-  int64_t hidden;
+  const float *gain;    /* where there is no term */
+  int64_t start, count; /* tokens, or logit rows */
+  int64_t hidden;       /* floats into plan.hidden: [count, what->hidden] */
+  int64_t next;         /* of those that wait for the same shrink, or -1 */
+  int64_t together;
+} part;
+
+/* The product of a V, or of a Kronecker term's W2, with the input of tokens: once for all parts that share it. */
+typedef struct {
+  const term *what;
+  int32_t input; /* register */
+  int64_t start, count;
+  int64_t raw;        /* floats into plan.hidden: V x, [count, rank] */
+  int64_t first_part; /* of those that wait for it */
+  int64_t previous;   /* shrink of the same V in this wave, or -1 */
+} shrink;
+
+/* Some rows of it. */
+typedef struct {
+  int64_t shrink;
   int64_t row0, n_rows;
 } shrink_job;
-
-/* Rows of a term's v that the next products will read; contiguous ones count as one. */
-typedef struct {
-  const uint8_t *data;
-  int64_t rows, row_bytes, row_stride;
-  int64_t start; /* bytes before it in plan.fetches */
-} fetch;
 
 typedef struct {
   adrt_op op;
@@ -109,8 +134,9 @@ typedef struct {
 
   /* of the current step */
   int64_t first_application, n_applications;
-  int64_t first_shrink, n_shrinks;
-  int64_t first_fetch, fetch_start, fetch_end; /* its share of plan.fetches, in bytes */
+  int64_t first_part, n_parts;
+  int64_t first_shrink, n_shrinks; /* those that no operation before it in the wave asked for */
+  int64_t first_job, n_jobs;
   const float *x; /* activations that the product reads [n, x_stride] */
   int64_t x_stride;
   float *prepared;   /* where this operation itself writes x, or NULL */
@@ -146,14 +172,16 @@ typedef struct {
   int64_t n_token_segments, n_logit_segments;
   application *applications;
   int64_t n_applications;
-  shrink_job *shrinks;
+  part *parts;
+  int64_t n_parts;
+  shrink *shrinks;
   int64_t n_shrinks;
-  fetch *fetches;
-  int64_t n_fetches, fetch_bytes;
-  float *hidden;
-  int64_t n_hidden;
-  buffer run_buffer, token_segment_buffer, logit_segment_buffer, application_buffer, shrink_buffer,
-      fetch_buffer, hidden_buffer;
+  shrink_job *jobs;
+  int64_t n_jobs;
+  float *hidden; /* of the current wave */
+  int64_t n_hidden, most_hidden;
+  buffer run_buffer, token_segment_buffer, logit_segment_buffer, application_buffer, part_buffer, shrink_buffer,
+      job_buffer, hidden_buffer;
 } plan;
 
 struct adrt_executable {
@@ -192,6 +220,7 @@ struct adrt_executable {
   buffer adapter_buffer;
   int64_t max_rank; /* of any term attached so far */
   panels *panels;
+  projection *projections;
   arena *arena; /* with room left, perhaps, or NULL */
 
   int64_t max_cols, max_group, max_head; /* widest product input; most query heads a KV head; largest head */
@@ -217,30 +246,46 @@ int cpu_detach(adrt_executable *e, int32_t handle, adrt_error *error);
 void cpu_free_adapter(adrt_executable *e, adapter *a);
 
 /* Panels of a float matrix [out, rank] or of a quantized one [rank, out], shared by data pointer; NULL when memory is
- * short. */
-panels *cpu_share_panels(adrt_executable *e, const matrix *source);
+ * short or, for wide ones, of which a float matrix is made, when a value is not finite. */
+panels *cpu_share_panels(adrt_executable *e, const matrix *source, bool wide);
 void cpu_release_panels(adrt_executable *e, panels *p);
 /* The panel that holds a row. */
 static inline const uint8_t *cpu_panel(const panels *p, int64_t row) {
   return p->items + cpu_bytes_of(p->dtype, row / PANEL * p->stride);
 }
 
-/* Make ready what a checked term of an operation with `inner` inputs needs; a failed one holds nothing. */
-int cpu_make_term(adrt_executable *e, const adrt_term *in, int64_t inner, term *out, adrt_error *error);
-/* Its two halves (terms.c). `y` starts at row0 and holds the rows of the operation's output for the segment's tokens. */
+/* Zeroed memory in huge pages, shared with others who have the same owner; NULL when memory is short. */
+uint8_t *cpu_take_memory(adrt_executable *e, int64_t bytes, arena **owner);
+void cpu_release_memory(adrt_executable *e, arena *a);
+
+/* Is a low-rank term with U one whose factors are to be wide (wide.c)? */
+bool cpu_is_wide(const adrt_executable *e, const adrt_term *t, const attach_point *point);
+/* A float V as an int8 tensor, and a U as wide panels, zeroed before; false when a value is not finite or
+ * memory is short. */
+bool cpu_pack_wide_rows(const matrix *m, uint8_t *out);
+bool cpu_pack_wide_panels(const matrix *m, uint8_t *out);
+
+/* Make ready what a checked term needs; a failed one holds nothing. */
+int cpu_make_term(adrt_executable *e, const adrt_term *in, const attach_point *point, term *out, adrt_error *error);
+void cpu_release_term(adrt_executable *e, term *t);
+
+/* What the terms of a wave do in this step, with one shrink for all that share it; false when memory is short. */
+bool cpu_plan_parts(adrt_executable *e, instruction *first, instruction *end);
+/* Take `count` times `each` floats of plan.hidden; false when there cannot be so many. */
+bool cpu_plan_hidden(plan *p, int64_t count, int64_t each);
+
+/* The two halves of terms (terms.c). `y` is row row0 of the operation's output for the first token. */
 int64_t cpu_rows_per_job(const term *t);
-int64_t cpu_rows_to_prepare(const term *t);
-void cpu_prepare_term(const adrt_executable *e, const instruction *in, const shrink_job *job, float *scratch);
-void cpu_add_term(const adrt_executable *e, const instruction *in, const term *t, const segment *where,
-                  const float *hidden, int64_t row0, int64_t n_rows, float *y, int64_t y_stride, float *scratch);
+void cpu_shrink(const adrt_executable *e, const shrink_job *job, float *scratch);
+void cpu_add_parts(const adrt_executable *e, const instruction *in, int64_t row0, int64_t n_rows, float *y,
+                   int64_t y_stride, float *scratch);
+/* Have the caches fetch what cpu_add_parts will read. */
+void cpu_fetch_parts(const adrt_executable *e, const instruction *in, int64_t row0, int64_t n_rows);
 /* The whole of a term for a one-hot input. */
 void cpu_add_embedded(const adrt_executable *e, const term *t, int32_t token, int64_t width, float *out,
                       float *scratch);
 int64_t cpu_term_scratch(const adrt_executable *e); /* floats */
 
-bool cpu_plan_fetches(adrt_executable *e); /* false when memory is short */
-/* What an item of a product fetches for itself and for the operations after it. */
-void cpu_fetch_ahead(const adrt_executable *e, const instruction *in, int64_t row0, int64_t n_rows);
 int cpu_step(adrt_executable *e, const adrt_batch *batch, adrt_error *error);
 
 /* The items of an operation in a phase, and the work of one of them. */

@@ -14,6 +14,7 @@ enum layout_of_x {
   X_WORDS,       /* integers of about 13 bits and scales, laid out as the table's kernels want them */
   X_WORDS_SPLIT, /* the same, in the order in which nf4 unpacks there */
   X_BYTES_SPLIT, /* 8-bit integers, scales and sums */
+  X_WIDE,        /* 16-bit integers in order, then a scale for each 64 */
 };
 
 /* y[t * y_stride + r] = sum over columns of weight[row0 + r] * x[t * x_stride], r < n_rows, t < n_tokens.
@@ -40,6 +41,10 @@ typedef struct {
   expand_kernel *add_low_rank[N_DTYPES];
   /* The same results as exact's, for one token and rows that are in the cache; f32, f16, bf16, cols a multiple of 64. */
   product_kernel *shrink[3];
+  /* For wide terms, NULL where there is none: an int8 V times X_WIDE, for whole pairs of rows and of blocks; and y += U h
+   * of panels of [rank/64] blocks, a block [32][16][2] codes and [16] scales, panel_stride bytes apart, h X_WIDE. */
+  product_kernel *shrink_wide;
+  expand_kernel *add_wide;
   void (*quantize)(const float *x, int64_t n, enum layout_of_x layout, float *out); /* n a multiple of 64 */
   void (*split)(const float *x, int64_t n, float *out);                /* X_SPLIT; n a multiple of 32 */
   void (*norm)(const float *x, const float *weight, float eps, int64_t n, float *out);
@@ -48,6 +53,7 @@ typedef struct {
   void (*softmax)(float *scores, int64_t n, float scale, float cap); /* in place */
 } kernels;
 
+enum { WIDE_BLOCK_BYTES = BLOCK * PANEL + 4 * PANEL };
 enum { SCALES_AT_ONCE = 1024 }; /* block scales that a product expands together, at least one row's */
 
 static inline int64_t blocks_of(const matrix *m) { return (m->cols + BLOCK - 1) / BLOCK; }

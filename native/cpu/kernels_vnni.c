@@ -157,9 +157,13 @@ static void quantize_bytes(const float *x, int64_t n, float *out) {
   }
 }
 
+static void quantize_wide(const float *x, int64_t n, float *out);
+
 static void quantize(const float *x, int64_t n, enum layout_of_x layout, float *out) {
   if (layout == X_BYTES_SPLIT)
     quantize_bytes(x, n, out);
+  else if (layout == X_WIDE)
+    quantize_wide(x, n, out);
   else
     quantize_words(x, n, layout == X_WORDS_SPLIT, out);
 }
@@ -430,6 +434,8 @@ DEFINE_FAST(fast_int8, INT8_WORDS)
 DEFINE_FAST(fast_nf4, NF4_WORDS)
 DEFINE_FAST(bytes_nf4, NF4_BYTES)
 
+#include "wide_vnni.h"
+
 static bool ready(void) {
   static pthread_once_t once = PTHREAD_ONCE_INIT;
   if (!has_avx512() || !__builtin_cpu_supports("avx512vnni") || !__builtin_cpu_supports("avx512vbmi"))
@@ -444,6 +450,8 @@ const kernels cpu_kernels_vnni = {
     .ready = ready,
     .fast = {[ADRT_INT8] = fast_int8, [ADRT_NF4] = fast_nf4},
     .bytes = {[ADRT_NF4] = bytes_nf4},
+    .shrink_wide = shrink_wide,
+    .add_wide = add_wide,
     .quantize = quantize,
     COMMON_KERNELS,
 };

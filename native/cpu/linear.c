@@ -78,20 +78,6 @@ static void product_decoded(const instruction *in, int64_t row0, int64_t n_rows,
   }
 }
 
-/* Rows [row0, row0 + n_rows) of one adapter onto the accumulated product of its segment. */
-static void apply(const adrt_executable *e, const instruction *in, const application *a, int64_t row0, int64_t n_rows,
-                  float *y, int64_t stride, float *scratch) {
-  const float *hidden = e->plan.hidden + a->hidden;
-  float *mine = y + a->where->start * stride;
-  for (int32_t k = 0; k < a->what->n_terms; k++) {
-    const term *t = &a->what->terms[k];
-    cpu_add_term(e, in, t, a->where, hidden, row0, n_rows, mine, stride, scratch);
-    hidden += a->where->count * t->hidden;
-  }
-  if (!a->what->g_out) return;
-  for (int64_t i = 0; i < a->where->count; i++) multiply(mine + i * stride, a->what->g_out + row0, n_rows);
-}
-
 /* One adapter's share of what a token gets added at the end. */
 static void accumulate(const attachment *a, int64_t row0, int64_t n, float *constant) {
   if (a->g_out && a->scales_bias) multiply(constant, a->g_out + row0, n);
@@ -117,13 +103,12 @@ static void compute_rows(const adrt_executable *e, const instruction *in, int64_
   int64_t left = in->width - row0, n_rows = left < in->rows_per_item ? left : in->rows_per_item;
   int64_t n = tokens_of(e, in), stride = logits ? in->width : e->strides[in->op.out];
   float *y = (logits ? e->plan.batch->logits : e->registers[in->op.out]) + row0;
-  cpu_fetch_ahead(e, in, row0, n_rows);
+  cpu_fetch_parts(e, in, row0, n_rows);
   if (needs_decoding(&in->weight))
     product_decoded(in, row0, n_rows, n, y, stride, scratch);
   else
     in->product(&in->weight, row0, n_rows, in->x, in->x_stride, n, y, stride);
-  for (int64_t i = 0; i < in->n_applications; i++)
-    apply(e, in, &applications_of(e, in)[i], row0, n_rows, y, stride, scratch);
+  cpu_add_parts(e, in, row0, n_rows, y, stride, scratch);
   if (in->adds_constant) add_constants(e, in, row0, n_rows, y, stride, scratch);
 }
 
@@ -133,7 +118,7 @@ static int64_t prepare_items(const adrt_executable *e, const instruction *in) {
 
 int64_t cpu_linear_items(const adrt_executable *e, const instruction *in, enum phase phase) {
   if (!tokens_of(e, in)) return 0;
-  return phase == PREPARE ? prepare_items(e, in) + in->n_shrinks : items_of(in->width, in->rows_per_item);
+  return phase == PREPARE ? prepare_items(e, in) + in->n_jobs : items_of(in->width, in->rows_per_item);
 }
 
 void cpu_linear(adrt_executable *e, const instruction *in, enum phase phase, int64_t item, float *scratch) {
@@ -143,7 +128,7 @@ void cpu_linear(adrt_executable *e, const instruction *in, enum phase phase, int
   }
   int64_t prepares = prepare_items(e, in), first = item * TOKENS_PER_ITEM, left = tokens_of(e, in) - first;
   if (item >= prepares)
-    cpu_prepare_term(e, in, &e->plan.shrinks[in->first_shrink + item - prepares], scratch);
+    cpu_shrink(e, &e->plan.jobs[in->first_job + item - prepares], scratch);
   else
     prepare_tokens(e, in, first, left < TOKENS_PER_ITEM ? left : TOKENS_PER_ITEM, scratch);
 }

@@ -259,7 +259,8 @@ static void free_buffers(buffer *buffers, int64_t n) {
 
 static void free_plan(plan *p) {
   buffer *const buffers[] = {&p->run_buffer,         &p->token_segment_buffer, &p->logit_segment_buffer,
-                             &p->application_buffer, &p->shrink_buffer,        &p->fetch_buffer, &p->hidden_buffer};
+                             &p->application_buffer, &p->part_buffer,          &p->shrink_buffer,
+                             &p->job_buffer,         &p->hidden_buffer};
   for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) cpu_free(buffers[i]->data);
 }
 

@@ -21,15 +21,15 @@ static arena *new_arena(int64_t bytes) {
   return a;
 }
 
-static void release_memory(adrt_executable *e, arena *a) {
+void cpu_release_memory(adrt_executable *e, arena *a) {
   if (!a || --a->users) return;
   if (e->arena == a) e->arena = NULL;
   free(a->memory);
   cpu_free(a);
 }
 
-/* Zeroed memory of the newest arena, or of another one when it is full; NULL when memory is short. */
-static uint8_t *take_memory(adrt_executable *e, int64_t bytes, arena **owner) {
+/* From the newest arena, or from another one when it is full. */
+uint8_t *cpu_take_memory(adrt_executable *e, int64_t bytes, arena **owner) {
   arena *a = e->arena;
   bytes = cpu_align(bytes, 64);
   if (!a || a->bytes - a->used < bytes) a = new_arena(bytes);
@@ -83,10 +83,12 @@ static bool fill(adrt_executable *e, panels *p) {
   bool quantized = cpu_is_quantized(m->dtype), decoded = m->dtype == ADRT_NF4 && m->cols % BLOCK;
   int64_t out = quantized ? m->cols : m->rows;
   p->rank = quantized ? m->rows : m->cols;
-  p->dtype = decoded ? ADRT_F32 : m->dtype;
+  p->dtype = p->wide ? ADRT_INT8 : decoded ? ADRT_F32 : m->dtype;
   p->stride = cpu_align(p->rank, p->dtype == ADRT_NF4 ? 2 : 1) * PANEL;
+  if (p->wide) p->stride = p->rank / BLOCK * WIDE_BLOCK_BYTES;
   int64_t items = cpu_product(cpu_align(out, PANEL) / PANEL, p->stride, 4); /* the factor: no overflow in bytes */
-  if (items < 0 || !(p->items = take_memory(e, cpu_bytes_of(p->dtype, items / 4), &p->arena))) return false;
+  if (items < 0 || !(p->items = cpu_take_memory(e, cpu_bytes_of(p->dtype, items / 4), &p->arena))) return false;
+  if (p->wide) return cpu_pack_wide_panels(m, p->items);
   if (decoded) return fill_decoded(p);
   if (!quantized) {
     fill_floats(p);
@@ -98,23 +100,23 @@ static bool fill(adrt_executable *e, panels *p) {
 }
 
 static void free_panels(adrt_executable *e, panels *p) {
-  release_memory(e, p->arena);
+  cpu_release_memory(e, p->arena);
   cpu_free(p->scales);
   cpu_free(p);
 }
 
-panels *cpu_share_panels(adrt_executable *e, const matrix *source) {
+panels *cpu_share_panels(adrt_executable *e, const matrix *source, bool wide) {
   for (panels *p = e->panels; p; p = p->next) {
     const matrix *m = &p->source;
     if (m->data == source->data && m->dtype == source->dtype && m->rows == source->rows &&
-        m->cols == source->cols) {
+        m->cols == source->cols && p->wide == wide) {
       p->references++;
       return p;
     }
   }
   panels *p = cpu_calloc(1, sizeof *p);
   if (!p) return NULL;
-  *p = (panels){.next = e->panels, .source = *source, .references = 1};
+  *p = (panels){.next = e->panels, .source = *source, .references = 1, .wide = wide};
   if (!fill(e, p)) {
     free_panels(e, p);
     return NULL;

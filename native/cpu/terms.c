@@ -7,7 +7,7 @@
 enum { TOKENS_SPLIT = 4 };
 
 /* A term's result for a few tokens and rows, before e and before it is added. */
-typedef float part[TOKENS_AT_ONCE][BLOCK];
+typedef float part_of_y[TOKENS_AT_ONCE][BLOCK];
 
 /* Rows of m times x [n, x_stride], padded with zeros to 64, whatever the dtype. */
 static void multiply(const adrt_executable *e, const matrix *m, int64_t row0, int64_t n_rows, const float *x,
@@ -34,16 +34,44 @@ static void multiply(const adrt_executable *e, const matrix *m, int64_t row0, in
   }
 }
 
-/* scale * d * (V x), [count, rank]. */
-static void shrink(const adrt_executable *e, const instruction *in, const shrink_job *job, float *scratch) {
-  const term *t = job->what;
-  int64_t rank = t->v.rows, count = job->where->count;
-  float *hidden = e->plan.hidden + job->hidden + job->row0;
-  multiply(e, &t->v, job->row0, job->n_rows, row_of(e, in->op.a, job->where->start), e->strides[in->op.a], count,
-           hidden, rank, scratch);
-  for (int64_t i = 0; i < count; i++)
-    for (int64_t r = 0; r < job->n_rows; r++)
-      hidden[i * rank + r] *= t->d ? t->scale * t->d[job->row0 + r] : t->scale;
+/* The same for a wide V. */
+static void multiply_wide(const adrt_executable *e, const matrix *m, int64_t row0, int64_t n_rows, const float *x,
+                          int64_t x_stride, int64_t n, float *y, int64_t y_stride, float *scratch) {
+  int64_t stride = m->cols / 2 + m->cols / BLOCK;
+  for (int64_t t = 0, count; t < n; t += count) {
+    count = n - t < TOKENS_AT_ONCE ? n - t : TOKENS_AT_ONCE;
+    for (int64_t i = 0; i < count; i++)
+      e->kernels->quantize(x + (t + i) * x_stride, m->cols, X_WIDE, scratch + i * stride);
+    e->kernels->shrink_wide(m, row0, n_rows, scratch, stride, count, y + t * y_stride, y_stride);
+  }
+}
+
+/* Block `row` / 64 of a token's h [rank] for a wide U. */
+static void store_wide(const adrt_executable *e, const float *block, int64_t row, int64_t rank, float *h) {
+  float codes[BLOCK / 2 + 1];
+  e->kernels->quantize(block, BLOCK, X_WIDE, codes);
+  memcpy(h + row / 2, codes, BLOCK / 2 * sizeof *h);
+  h[rank / 2 + row / BLOCK] = codes[BLOCK / 2];
+}
+
+/* V x for the shrink's tokens, then scale * d * (V x) for the tokens of each part. */
+static void shrink_rows(const adrt_executable *e, const shrink *s, const shrink_job *job, float *scratch) {
+  const matrix *v = &s->what->v;
+  float *raw = e->plan.hidden + s->raw + job->row0;
+  bool wide = s->what->projection->wide;
+  (wide ? multiply_wide : multiply)(e, v, job->row0, job->n_rows, row_of(e, s->input, s->start), e->strides[s->input],
+                                    s->count, raw, v->rows, scratch);
+  for (int64_t i = s->first_part; i >= 0; i = e->plan.parts[i].next) {
+    const part *p = &e->plan.parts[i];
+    const float *mine = raw + (p->start - s->start) * v->rows, *d = p->what->d ? p->what->d + job->row0 : NULL;
+    float *hidden = e->plan.hidden + p->hidden, block[BLOCK];
+    for (int64_t t = 0; t < p->count; t++) {
+      float *out = wide ? block : hidden + t * v->rows + job->row0;
+      for (int64_t r = 0; r < job->n_rows; r++)
+        out[r] = mine[t * v->rows + r] * (d ? p->what->scale * d[r] : p->what->scale);
+      if (wide) store_wide(e, block, job->row0, v->rows, hidden + t * v->rows);
+    }
+  }
 }
 
 /* W2 times each of the b segments of x, of one token, for one panel of W2's rows: [b][16]. */
@@ -63,26 +91,28 @@ static void multiply_segments(const adrt_executable *e, const term *t, const shr
   }
 }
 
-int64_t cpu_rows_to_prepare(const term *t) { return t->hidden ? t->v.rows : 0; }
-
-/* A panel for W2, whose result is one; a few rows of V, twice as many of nf4, for which x is reordered. */
+/* A panel for W2, whose result is one; a block of a wide V; a few rows of another, twice as many of nf4, for which x is
+ * reordered. */
 int64_t cpu_rows_per_job(const term *t) {
+  if (t->projection && t->projection->wide) return BLOCK;
   return t->kind == ADRT_KRONECKER ? PANEL : t->v.dtype == ADRT_NF4 ? 8 : 4;
 }
 
-void cpu_prepare_term(const adrt_executable *e, const instruction *in, const shrink_job *job, float *scratch) {
-  const term *t = job->what;
+void cpu_shrink(const adrt_executable *e, const shrink_job *job, float *scratch) {
+  const shrink *s = &e->plan.shrinks[job->shrink];
+  const term *t = s->what;
   if (t->kind == ADRT_LOW_RANK) {
-    shrink(e, in, job, scratch);
+    shrink_rows(e, s, job, scratch);
     return;
   }
-  for (int64_t i = 0; i < job->where->count; i++) {
-    float *out = e->plan.hidden + job->hidden + i * t->hidden + job->row0 * t->w1.cols;
-    multiply_segments(e, t, job, row_of(e, in->op.a, job->where->start + i), out, scratch);
+  const part *p = &e->plan.parts[s->first_part];
+  for (int64_t i = 0; i < s->count; i++) {
+    float *out = e->plan.hidden + p->hidden + i * t->hidden + job->row0 * t->w1.cols;
+    multiply_segments(e, t, job, row_of(e, s->input, s->start + i), out, scratch);
   }
 }
 
-static void add_part(part p, const float *factor, float scale, int64_t count, int64_t n_rows, float *y,
+static void add_part(part_of_y p, const float *factor, float scale, int64_t count, int64_t n_rows, float *y,
                      int64_t y_stride) {
   for (int64_t t = 0; t < count; t++)
     for (int64_t r = 0; r < n_rows; r++) y[t * y_stride + r] += (factor ? scale * factor[r] : scale) * p[t][r];
@@ -91,6 +121,10 @@ static void add_part(part p, const float *factor, float scale, int64_t count, in
 /* Rows inside one block of 64 for few tokens onto y; the scales of U's block go onto h. */
 static void expand(const adrt_executable *e, const panels *u, const float *hidden, int64_t count, int64_t row0,
                    int64_t n_rows, float *y, int64_t y_stride, float *scratch) {
+  if (u->wide) {
+    e->kernels->add_wide(cpu_panel(u, row0), u->stride, u->rank, n_rows, hidden, u->rank, count, y, y_stride);
+    return;
+  }
   const float *scales = u->scales ? u->scales + row0 / BLOCK * u->rank : NULL;
   for (int64_t t = 0; scales && t < count; t++)
     for (int64_t k = 0; k < u->rank; k++) scratch[t * u->rank + k] = hidden[t * u->rank + k] * scales[k];
@@ -98,29 +132,40 @@ static void expand(const adrt_executable *e, const panels *u, const float *hidde
                                      u->rank, count, y, y_stride);
 }
 
-/* The same, times e. */
-static void expand_times(const adrt_executable *e, const term *t, const float *hidden, int64_t count, int64_t row0,
-                         int64_t n_rows, float *y, int64_t y_stride, float *scratch) {
-  part p;
+/* The same, times e, which is another one for each part. */
+static void expand_times(const adrt_executable *e, const part **at, int64_t *done, const float *hidden, int64_t count,
+                         int64_t row0, int64_t n_rows, float *y, int64_t y_stride, float *scratch) {
+  part_of_y p;
   memset(p, 0, (size_t)count * sizeof *p);
-  expand(e, t->u, hidden, count, row0, n_rows, p[0], BLOCK, scratch);
-  add_part(p, t->e + row0, 1.0f, count, n_rows, y, y_stride);
+  expand(e, (*at)->what->u, hidden, count, row0, n_rows, p[0], BLOCK, scratch);
+  for (int64_t t = 0; t < count; t++, ++*done) {
+    if (*done == (*at)->count) {
+      ++*at;
+      *done = 0;
+    }
+    add_part(p + t, (*at)->what->e + row0, 1.0f, 1, n_rows, y + t * y_stride, y_stride);
+  }
 }
 
-static void add_low_rank(const adrt_executable *e, const term *t, const float *hidden, int64_t count, int64_t row0,
-                         int64_t n_rows, float *y, int64_t y_stride, float *scratch) {
-  const panels *u = t->u;
-  if (!t->e && !u->scales) {
+/* Parts [p, p + p->together). */
+static void add_low_rank(const adrt_executable *e, const part *p, const float *hidden, int64_t row0, int64_t n_rows,
+                         float *y, int64_t y_stride, float *scratch) {
+  const panels *u = p->what->u;
+  int64_t count = 0;
+  for (int64_t i = 0; i < p->together; i++) count += p[i].count;
+  if (!p->what->e && !u->scales) {
     expand(e, u, hidden, count, row0, n_rows, y, y_stride, NULL);
     return;
   }
   for (int64_t r = 0, rows; r < n_rows; r += rows) {
+    const part *at = p;
+    int64_t done = 0;
     rows = BLOCK - (row0 + r) % BLOCK;
     if (rows > n_rows - r) rows = n_rows - r;
     for (int64_t i = 0, n; i < count; i += n) {
       n = count - i < TOKENS_AT_ONCE ? count - i : TOKENS_AT_ONCE;
-      if (t->e)
-        expand_times(e, t, hidden + i * u->rank, n, row0 + r, rows, y + i * y_stride + r, y_stride, scratch);
+      if (p->what->e)
+        expand_times(e, &at, &done, hidden + i * u->rank, n, row0 + r, rows, y + i * y_stride + r, y_stride, scratch);
       else
         expand(e, u, hidden + i * u->rank, n, row0 + r, rows, y + i * y_stride + r, y_stride, scratch);
     }
@@ -130,7 +175,7 @@ static void add_low_rank(const adrt_executable *e, const term *t, const float *h
 /* U is the identity: V's rows are the output's. */
 static void add_dense(const adrt_executable *e, const term *t, const float *x, int64_t x_stride, int64_t count,
                       int64_t row0, int64_t n_rows, float *y, int64_t y_stride, float *scratch) {
-  part p;
+  part_of_y p;
   float factor[BLOCK];
   for (int64_t r = 0, rows; r < n_rows; r += rows) {
     rows = n_rows - r < BLOCK ? n_rows - r : BLOCK;
@@ -161,7 +206,7 @@ static void add_sparse(const term *t, const float *x, int64_t x_stride, int64_t 
 static void add_kronecker(const adrt_executable *e, const term *t, const float *hidden, int64_t count, int64_t row0,
                           int64_t n_rows, float *y, int64_t y_stride, float *scratch) {
   int64_t c = t->v.rows, b = t->w1.cols;
-  part p;
+  part_of_y p;
   for (int64_t r = 0, rows; r < n_rows; r += rows) {
     int64_t inner = (row0 + r) % c, before = inner % PANEL;
     rows = c - inner < BLOCK - before ? c - inner : BLOCK - before;
@@ -176,17 +221,41 @@ static void add_kronecker(const adrt_executable *e, const term *t, const float *
   }
 }
 
-void cpu_add_term(const adrt_executable *e, const instruction *in, const term *t, const segment *where,
-                  const float *hidden, int64_t row0, int64_t n_rows, float *y, int64_t y_stride, float *scratch) {
-  const float *x = in->plain + where->start * in->plain_stride;
+static void add_term(const adrt_executable *e, const instruction *in, const part *p, int64_t row0, int64_t n_rows,
+                     float *y, int64_t y_stride, float *scratch) {
+  const term *t = p->what;
+  const float *x = in->plain + p->start * in->plain_stride, *hidden = e->plan.hidden + p->hidden;
   if (t->kind == ADRT_SPARSE)
-    add_sparse(t, x, in->plain_stride, where->count, row0, n_rows, y, y_stride);
+    add_sparse(t, x, in->plain_stride, p->count, row0, n_rows, y, y_stride);
   else if (t->kind == ADRT_KRONECKER)
-    add_kronecker(e, t, hidden, where->count, row0, n_rows, y, y_stride, scratch);
+    add_kronecker(e, t, hidden, p->count, row0, n_rows, y, y_stride, scratch);
   else if (t->u)
-    add_low_rank(e, t, hidden, where->count, row0, n_rows, y, y_stride, scratch);
+    add_low_rank(e, p, hidden, row0, n_rows, y, y_stride, scratch);
   else
-    add_dense(e, t, x, in->plain_stride, where->count, row0, n_rows, y, y_stride, scratch);
+    add_dense(e, t, x, in->plain_stride, p->count, row0, n_rows, y, y_stride, scratch);
+}
+
+void cpu_add_parts(const adrt_executable *e, const instruction *in, int64_t row0, int64_t n_rows, float *y,
+                   int64_t y_stride, float *scratch) {
+  const part *p = e->plan.parts + in->first_part, *end = p + in->n_parts;
+  for (; p < end; p += p->together) {
+    float *mine = y + p->start * y_stride;
+    if (p->what) add_term(e, in, p, row0, n_rows, mine, y_stride, scratch);
+    for (int64_t t = 0; p->gain && t < p->count; t++)
+      for (int64_t r = 0; r < n_rows; r++) mine[t * y_stride + r] *= p->gain[row0 + r];
+  }
+}
+
+static void prefetch(const uint8_t *data, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(data + i, 0, 2);
+}
+
+void cpu_fetch_parts(const adrt_executable *e, const instruction *in, int64_t row0, int64_t n_rows) {
+  const part *p = e->plan.parts + in->first_part, *end = p + in->n_parts;
+  for (; p < end; p += p->together) {
+    const panels *u = p->what ? p->what->u : NULL;
+    if (u && !u->wide) prefetch(cpu_panel(u, row0), cpu_bytes_of(u->dtype, items_of(n_rows, PANEL) * u->stride));
+  }
 }
 
 void cpu_add_embedded(const adrt_executable *e, const term *t, int32_t token, int64_t width, float *out,
@@ -199,7 +268,8 @@ void cpu_add_embedded(const adrt_executable *e, const term *t, int32_t token, in
   for (int64_t r = 0; t->u && r < t->v.rows; r++)
     scratch[r] = cpu_element(&t->v, r, token) * (t->d ? t->scale * t->d[r] : t->scale);
   if (t->u) {
-    add_low_rank(e, t, scratch, 1, 0, width, out, 0, scratch + t->v.rows);
+    const part whole = {.what = t, .count = 1, .together = 1};
+    add_low_rank(e, &whole, scratch, 0, width, out, 0, scratch + t->v.rows);
     return;
   }
   for (int64_t r = 0; r < width; r++)
