@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import cached_property
 from numbers import Real
 from pathlib import Path
@@ -20,7 +18,8 @@ from adaptrt.adapters.base import BaseView, open_base
 from adaptrt.adapters.stack import lower
 from adaptrt.adapters.storage import PREFIX, check_base, check_name, list_adapters, only_adapter, read_adapter
 from adaptrt.adapters.variant import Adapter, Progress, Variant, no_progress
-from adaptrt.backends.base import Backend, LoadOptions, Precision
+from adaptrt.backends.base import LoadOptions, Precision
+from adaptrt.backends.choose import load_executable
 from adaptrt.convert.peft import import_peft
 from adaptrt.engine.adapters import AdapterSet, Stack
 from adaptrt.engine.chat import render
@@ -31,7 +30,6 @@ from adaptrt.engine.text import Tokenizer
 from adaptrt.errors import (
     AdapterError,
     AdaptrtError,
-    BackendError,
     ModelError,
     RequestError,
     UnknownAdapterError,
@@ -41,10 +39,6 @@ from adaptrt.plugins import Registry, load_registry
 
 __all__ = ["Chunk", "Model", "Request", "Sampling", "load"]
 
-log = logging.getLogger("adaptrt")
-
-# What `auto` tries, in this order. cuda has to be asked for until its figures are those of spec/performance.md.
-AUTO_BACKENDS = ("cpu", "reference")
 DEMO = Path(__file__).parent / "demo" / "demo.adrt"
 
 
@@ -58,8 +52,9 @@ def load(
 ) -> Model:
     """Open a model for inference; use it as a context manager or call `close()`.
 
-    `path` is an `.adrt` file or "demo", the built-in model; `backend` is a name, or a name and a device (`torch:cuda`,
-    `cuda:1`); `threads` None takes every core this process may use.
+    `path` is an `.adrt` file or "demo", the built-in model; `backend` is a name, a name and a device (`torch:cuda`,
+    `cuda:1`), or "auto": a GPU that does what is asked and has room, else the CPU; `threads` None takes every core
+    this process may use.
     Raises FormatError, ModelError or BackendError, each in one line.
     """
     if threads is not None and not 1 <= threads <= 1024:
@@ -74,44 +69,10 @@ def load(
     registry = registry or load_registry()
     file = open_file(DEMO if str(path) == "demo" else Path(path))
     try:
-        chosen, device = choose_backend(registry, backend)
-        return Model(file, registry, chosen, replace(options, device=device))
+        return Model(file, registry, backend, options)
     except BaseException:
         file.close()
         raise
-
-
-def choose_backend(registry: Registry, choice: str) -> tuple[Backend, str]:
-    """The backend and device that NAME or NAME:DEVICE names; for "auto" the first that is available.
-
-    Raises BackendError saying why there is none, or that the backend takes no device.
-    """
-    name, colon, device = choice.partition(":")
-    if choice == "auto":
-        return _first_available(registry), ""
-    if name not in registry.backends:
-        raise BackendError(
-            f"backend {name!r}: not installed; installed: {', '.join(sorted(registry.backends))}"
-        )
-    backend = registry.backends[name]
-    if colon and not (device and getattr(backend, "takes_device", False)):
-        problem = f"takes no device, found {device!r}" if device else "no device after the colon"
-        raise BackendError(f"backend {name!r}: {problem}")
-    reason = backend.unavailable()
-    if reason is not None:
-        raise BackendError(f"backend {name!r}: unavailable: {reason}")
-    return backend, device
-
-
-def _first_available(registry: Registry) -> Backend:
-    for name in AUTO_BACKENDS:
-        backend = registry.backends.get(name)
-        reason = backend.unavailable() if backend else None
-        if backend and reason is None:
-            return backend
-        if name == "cpu":  # what is left is slow enough to look like a fault
-            log.warning("backend cpu is unavailable, falling back to the slow reference: %s", reason)
-    raise BackendError("no backend is available")
 
 
 def find_adapter(
@@ -146,7 +107,7 @@ def find_adapter(
 class Model:
     """A loaded base model and its adapters. Safe to use from several threads; calls interleave step by step."""
 
-    def __init__(self, file: File, registry: Registry, backend: Backend, options: LoadOptions) -> None:
+    def __init__(self, file: File, registry: Registry, backend: str, options: LoadOptions) -> None:
         base = open_base(file, registry.architectures)
         program = base.program
         self.metadata: Mapping[str, Any] = file.metadata
@@ -155,7 +116,8 @@ class Model:
         self._file = file
         self._registry = registry
         self._base = base
-        executable = GuardedExecutable(backend.load(program, base.weights(), options))
+        loaded, _ = load_executable(registry.backends, backend, program, base.weights(), options)
+        executable = GuardedExecutable(loaded)
         end_ids = frozenset(int(token) for token in file.metadata.get("tokenizer.eos_token_ids", ()))
         self._executable = executable
         self._engine = Engine(executable, self.vocab_size, self.context_length, options.page_tokens, end_ids)

@@ -67,6 +67,14 @@ class BackendError(AdaptrtError):
     """A backend is unavailable, refused its input or ran out of memory."""
 
 
+class UnavailableError(BackendError):
+    """A backend lacks its device, or does not offer what was asked of it: another backend may."""
+
+
+class NoMemoryError(BackendError):
+    """A backend ran out of its memory."""
+
+
 class PluginError(AdaptrtError):
     """A plugin is broken or collides with another."""
 

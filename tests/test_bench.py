@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,21 @@ from helpers.oracle import llama_folder, peft_folder
 from helpers.tiny import convert_model
 
 from adaptrt.adapters.base import open_base
+from adaptrt.adapters.normal import LowRank
+from adaptrt.backends.base import LoadOptions, Peaks
+from adaptrt.backends.cpu import CpuBackend
+from adaptrt.bench.crowd import crowds
 from adaptrt.bench.peers.gguf import write_gguf
+from adaptrt.bench.products import Product, layers, product_works, products
+from adaptrt.bench.report import geometric_means, product_rows
 from adaptrt.bench.shapes import SHAPES, random_adapters, random_tensor
 from adaptrt.bench.subject import Cost, adapter_bytes
 from adaptrt.bench.work import Work, measure
+from adaptrt.cli.bench import PEERS
 from adaptrt.format import open_file
 from adaptrt.model.llama import LlamaArchitecture
 from adaptrt.plugins import load_registry
+from adaptrt.program import Linear
 from adaptrt.quant.plain import to_float32
 
 
@@ -41,13 +50,56 @@ def test_rows_of_a_model_with_random_adapters(files: tuple[Path, Path]) -> None:
     assert names[-1] == "decode 1 stream, exact" and len(report["first_token_seconds"]) == 3
     assert all(row["tokens_per_second"] > 0 for row in report["rows"])
     assert report["rows"][0]["time_over_base"] == [1, 1, 1]
-    assert report["read_bandwidth"] > 1e8 and report["peak_memory_bytes"] > 1e6
+    assert report["bandwidth"] > 1e8 and report["peak_memory_bytes"] > 1e6 and not report["crowd"]
 
 
 def test_adapters_can_be_named_and_the_table_is_text(files: tuple[Path, Path]) -> None:
     outcome = adaptrt_cli("bench", files[0], "-a", f"{files[1]}:0.5", "--rounds", 1, "--steps", 1)
     assert outcome.code == 0, outcome.err
     assert "decode 1 stream, 1 adapter" in outcome.out and "stacked" not in outcome.out
+
+
+def test_streams_with_adapters_of_their_own_are_a_table_of_their_own(files: tuple[Path, Path]) -> None:
+    outcome = adaptrt_cli("bench", files[0], "--streams", 3, "--rounds", 1, "--steps", 1, "--json")
+    assert outcome.code == 0, outcome.err
+    crowd = json.loads(outcome.out)["crowd"]
+    assert len(crowd) == 6 and crowd[0]["name"].startswith("decode 3 streams at ")
+    assert crowd[0]["time_over_base"] == [1, 1, 1] and all(row["tokens_per_second"] > 0 for row in crowd)
+
+
+def test_adapters_of_a_crowd_share_nothing_but_what_vera_shares(files: tuple[Path, Path]) -> None:
+    with open_file(files[0]) as file:
+        specs = open_base(file, load_registry().architectures).specs
+    made = dict(crowds(specs, 3))
+    for name, adapters in made.items():
+        terms = [low.terms[0] for adapter in adapters for low in adapter.values()]
+        places = {term.v.data.ctypes.data for term in terms if isinstance(term, LowRank)}
+        assert len(places) == (1 if "VeRA" in name else len(terms)) and len(adapters) == 3
+    assert len(made["q and v, rank 8, bf16"][0]) == 4 and len(made["all, rank 16, nf4"][0]) == 14
+
+
+def test_products_are_those_of_a_layer_and_run_on_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes of Llama-3.1-8B by hand; the layers' registers change, or a backend would make them one product."""
+    shapes = {product.name: (product.rows, product.cols) for product in products("llama-8b")}
+    assert shapes == {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
+    monkeypatch.setattr("adaptrt.bench.products.CACHE_BYTES", 100e3)
+    monkeypatch.setattr("adaptrt.bench.products.TOKENS", (1, 3))
+    product = Product("tiny", 96, 128)
+    program, tensors = layers(product, 4 * product.copies(product.weight_bytes))
+    linear = [op for op in program.ops if isinstance(op, Linear)]
+    assert len(linear) == 64 and all(a.src != b.src for a, b in pairwise(linear))
+    assert sum(tensors[op.weight].data.nbytes for op in linear[:16]) > 100e3
+    works = list(product_works(product, lambda p, t: CpuBackend().load(p, t, LoadOptions(threads=1)), 32))
+    assert [work.operations for work in works] == [2 * 96 * 128, 6 * 96 * 128]
+    assert all(work.run() > 0 for work in works)
+
+
+def test_product_rows_compare_and_average() -> None:
+    ours, theirs = ([Work("a", 1, float, 8, 8, [t]), Work("b", 1, float, 8, 8, [t])] for t in (1.0, 2.0))
+    theirs[1].seconds = [8.0]
+    table = product_rows(ours, {"lib": theirs}, Peaks(16.0, 0.0))
+    assert [row["faster"]["lib"][1] for row in table] == [2, 8] and table[0]["percent_of_floor"] == 50
+    assert geometric_means(table) == [{"tokens": 1, "faster": {"lib": pytest.approx(4)}}]
 
 
 @pytest.mark.parametrize("variant", ["dora", "vera"])
@@ -71,13 +123,20 @@ def test_refusals(files: tuple[Path, Path], args: list[str], message: str, code:
     assert outcome.code == code and message in outcome.error
 
 
+@pytest.mark.parametrize("peer", PEERS)
 def test_a_missing_peer_is_named(
-    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    files: tuple[Path, Path], peer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("adaptrt.cli.bench.cached_model", lambda *_: files[0])
-    monkeypatch.setattr("adaptrt.bench.peers.llama_cpp.PACKAGE", "no_such_package")
-    outcome = adaptrt_cli("bench", "--peer", "llama.cpp")
-    assert outcome.code == 1 and "no_such_package is not installed" in outcome.error
+    monkeypatch.setattr(f"adaptrt.bench.peers.{PEERS[peer]}.PACKAGE", "no_such_package")
+    outcome = adaptrt_cli("bench", "--peer", peer, "--rounds", 1, "--steps", 1)
+    assert outcome.code == 1 and f"peer {peer}" in outcome.error
+    assert "no_such_package is not installed" in outcome.error
+
+
+def test_products_are_compared_on_a_gpu_only() -> None:
+    outcome = adaptrt_cli("bench", "--peer", "bnb", "--backend", "cpu")
+    assert outcome.code == 1 and "on a GPU, found backend cpu" in outcome.error
 
 
 def test_costs_are_those_of_the_shapes(files: tuple[Path, Path]) -> None:

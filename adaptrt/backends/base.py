@@ -53,8 +53,20 @@ class Batch:
     logit_rows: Int32s
 
 
+@dataclass(frozen=True)
+class Peaks:
+    """What the hardware does at best, 0 where that is not known; `device_bytes` of its own memory are in use."""
+
+    bytes_per_second: float = 0.0
+    operations_per_second: float = 0.0
+    device_bytes: int = 0
+
+
 class Executable(Protocol):
-    """A loaded model. Used by one thread at a time."""
+    """A loaded model. Used by one thread at a time.
+
+    One that knows its hardware has `peaks() -> Peaks`, which `adaptrt bench` compares with.
+    """
 
     def reserve(self, n_pages: int) -> None:
         """Make KV pages 0 … n_pages-1 exist. Raises BackendError when memory is short; what existed stays."""

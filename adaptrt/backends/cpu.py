@@ -19,16 +19,6 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def read_bandwidth(n_bytes: int, threads: int, repeats: int = 3) -> float:
-    """Bytes a second that `threads` threads read from `n_bytes` of memory, best of `repeats`."""
-    return float(native_module("cpu").lib.adrt_read_bandwidth(n_bytes, threads, repeats))
-
-
-def int8_peak(threads: int) -> float:
-    """Int8 operations a second of `threads` threads with everything in registers; 0 where no probe exists."""
-    return float(native_module("cpu").lib.adrt_int8_peak(threads))
-
-
 class CpuBackend:
     """Runs Programs with the C kernels that suit this machine's CPU."""
 

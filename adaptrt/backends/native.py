@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 
 from adaptrt.adapters.fit import AttachPoint
 from adaptrt.adapters.normal import Int32s, Kronecker, Lowered, LoweredAdapter, Sparse, Term, Vector
-from adaptrt.backends.base import Batch, LoadOptions, attach_points
+from adaptrt.backends.base import Batch, LoadOptions, Peaks, attach_points
 from adaptrt.backends.checks import check_lengths, int32s
-from adaptrt.errors import BackendError, ClosedError
+from adaptrt.errors import BackendError, ClosedError, NoMemoryError, UnavailableError
 from adaptrt.program import Add, Attention, Embed, Gated, Linear, Norm, Op, Program, Rope, Scale
 from adaptrt.tensor import Tensor, rows_cols
 
 ABI_VERSION = 2
+ERRORS = {"NO_MEMORY": NoMemoryError, "UNAVAILABLE": UnavailableError}  # any other code is a BackendError
 ITEM_ALIGNMENT = {"f32": 4, "f16": 2, "bf16": 2, "int8": 2, "nf4": 4}
 
 
@@ -73,11 +74,13 @@ class Calls:
         self.ffi, self.lib, self.table, self.name = library.ffi, library.lib, table, name
 
     def __call__(self, function: str, *arguments: Any) -> None:
-        """Call one function of the table; raises BackendError with its message."""
+        """Call one function of the table; raises BackendError, or the kind of it that ERRORS names."""
         error = self.ffi.new("adrt_error *")
-        if getattr(self.table, function)(*arguments, error) != self.lib.ADRT_OK:
+        code = getattr(self.table, function)(*arguments, error)
+        if code != self.lib.ADRT_OK:
             message = self.ffi.string(error.message).decode("utf-8", "replace")
-            raise BackendError(f"backend {self.name}: {message}")
+            kinds = {self.constant(name): kind for name, kind in ERRORS.items()}
+            raise kinds.get(code, BackendError)(f"backend {self.name}: {message}")
 
     def constant(self, name: str) -> int:
         """An enumerator of the header, by its name without `ADRT_`."""
@@ -306,6 +309,12 @@ class NativeExecutable:
     def describe(self) -> str:
         """One line for the user: device, kernels, threads."""
         return str(self._ffi.string(self._calls.table.describe(self._open())).decode())
+
+    def peaks(self) -> Peaks:
+        """What the hardware does at best, measured now; takes up to a second."""
+        out = self._ffi.new("adrt_peaks *")
+        self._calls("peaks", self._open(), out)
+        return Peaks(out.bytes_per_second, out.operations_per_second, out.device_bytes)
 
     def close(self) -> None:
         """Free everything; safe to call twice."""

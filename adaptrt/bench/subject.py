@@ -13,7 +13,7 @@ import numpy as np
 from adaptrt.adapters.normal import LoweredAdapter, LowRank
 from adaptrt.backends.base import Batch, Executable
 from adaptrt.bench.work import Work
-from adaptrt.program import Linear, Logits, Program
+from adaptrt.program import Attention, Linear, Logits, Program
 from adaptrt.tensor import Tensor
 
 Stack = tuple[int, ...]  # adapter handles
@@ -21,9 +21,13 @@ Stack = tuple[int, ...]  # adapter handles
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes a step must read, and operations each token and each row of logits must do."""
+    """Bytes a step must read, and operations each token and each row of logits must do.
+
+    `context_bytes` are the keys and values (float16) that a stream's token must read for each token before it.
+    """
 
     step_bytes: int
+    context_bytes: int
     token_operations: int
     logit_operations: int
 
@@ -34,6 +38,9 @@ class Cost:
         head = {op.weight for op in program.ops if isinstance(op, Logits)}
         return cls(
             step_bytes=sum(tensors[name].data.nbytes for name in linear | head),
+            context_bytes=sum(
+                4 * op.kv_heads * op.head_dim for op in program.ops if isinstance(op, Attention)
+            ),
             token_operations=2 * sum(prod(tensors[name].shape) for name in linear),
             logit_operations=2 * sum(prod(tensors[name].shape) for name in head),
         )
@@ -54,49 +61,54 @@ def adapter_bytes(adapter: LoweredAdapter) -> int:
 
 @dataclass(frozen=True)
 class Subject:
-    """An executable with room for `streams` sequences of `max_tokens` tokens."""
+    """An executable to be timed."""
 
     executable: Executable
     cost: Cost
     page_tokens: int
-    max_tokens: int
     vocab_size: int
 
-    def decode(self, name: str, stacks: Sequence[Stack], more_bytes: int, steps: int) -> Work:
-        """One token for each stack's stream, `steps` times a round. `more_bytes` are the adapters'."""
-        positions = cycle(range(steps))
+    def decode(
+        self, name: str, stacks: Sequence[Stack], more_bytes: int, steps: int, context: int = 0
+    ) -> Work:
+        """One token for each stack's stream, after `context` others, `steps` times a round.
+
+        `more_bytes` are the adapters'.
+        """
+        streams, pages = len(stacks), self._pages(context + steps)
+        self.executable.reserve(streams * pages)
+        positions = cycle(range(context, context + steps))
 
         def run() -> float:
-            return self._step(stacks, next(positions), 1)
+            return self._step(stacks, next(positions), 1, pages)
 
-        operations = (self.cost.token_operations + self.cost.logit_operations) * len(stacks)
-        return Work(name, len(stacks), run, self.cost.step_bytes + more_bytes, operations, steps)
+        cost = self.cost
+        more_bytes += streams * (context + steps // 2) * cost.context_bytes
+        operations = (cost.token_operations + cost.logit_operations) * streams
+        return Work(name, streams, run, cost.step_bytes + more_bytes, operations, steps)
 
     def prefill(self, name: str, stack: Stack, more_bytes: int, n_tokens: int) -> Work:
         """A prompt of n_tokens, in steps of 512 as the engine cuts it."""
+        pages = self._pages(n_tokens)
+        self.executable.reserve(pages)
 
         def run() -> float:
             pieces = range(0, n_tokens, 512)
-            return sum(self._step([stack], start, min(512, n_tokens - start)) for start in pieces)
+            return sum(self._step([stack], start, min(512, n_tokens - start), pages) for start in pieces)
 
         operations = self.cost.token_operations * n_tokens + self.cost.logit_operations
         return Work(name, n_tokens, run, self.cost.step_bytes + more_bytes, operations)
 
-    def reserve(self, streams: int) -> None:
-        """Make the KV pages exist."""
-        self.executable.reserve(streams * self._pages_each)
+    def _pages(self, n_tokens: int) -> int:
+        return -(-n_tokens // self.page_tokens)
 
-    @property
-    def _pages_each(self) -> int:
-        return -(-self.max_tokens // self.page_tokens)
-
-    def _step(self, stacks: Sequence[Stack], position: int, n_tokens: int) -> float:
-        batch = self._batch(stacks, position, n_tokens)
+    def _step(self, stacks: Sequence[Stack], position: int, n_tokens: int, pages_each: int) -> float:
+        batch = self._batch(stacks, position, n_tokens, pages_each)
         start = time.perf_counter()
         self.executable.step(batch)
         return time.perf_counter() - start
 
-    def _batch(self, stacks: Sequence[Stack], position: int, n_tokens: int) -> Batch:
+    def _batch(self, stacks: Sequence[Stack], position: int, n_tokens: int, pages_each: int) -> Batch:
         streams = len(stacks)
         ids = (np.arange(streams * n_tokens) * 7919 + position) % self.vocab_size
         edges = np.arange(streams + 1)
@@ -104,8 +116,8 @@ class Subject:
             tokens=ids.astype(np.int32),
             positions=np.tile(np.arange(position, position + n_tokens), streams).astype(np.int32),
             run_start=(edges * n_tokens).astype(np.int32),
-            page_start=(edges * self._pages_each).astype(np.int32),
-            pages=np.arange(streams * self._pages_each, dtype=np.int32),
+            page_start=(edges * pages_each).astype(np.int32),
+            pages=np.arange(streams * pages_each, dtype=np.int32),
             stack_start=np.cumsum([0, *(len(stack) for stack in stacks)]).astype(np.int32),
             stacks=np.asarray([handle for stack in stacks for handle in stack], np.int32),
             logit_rows=(edges[1:] * n_tokens - 1).astype(np.int32),

@@ -36,7 +36,7 @@ class Work:
     def floor_seconds(self, bytes_per_second: float, operations_per_second: float) -> float:
         """The time that neither the memory nor the arithmetic allows to be beaten; an unknown peak (0) counts not."""
         compute = self.operations / operations_per_second if operations_per_second else 0.0
-        return max(self.floor_bytes / bytes_per_second, compute)
+        return max(self.floor_bytes / bytes_per_second if bytes_per_second else 0.0, compute)
 
     def ratio_to(self, other: Work) -> tuple[float, float, float]:
         """This work's time over another's, round by round: min, median, max."""

@@ -1,5 +1,6 @@
 /* The CPU backend's table: the one symbol the outside sees. */
 #include "executable.h"
+#include "peak.h"
 
 static int probe(adrt_error *error) {
   (void)error;
@@ -7,6 +8,15 @@ static int probe(adrt_error *error) {
 }
 
 static const char *describe(const adrt_executable *e) { return e ? e->description : "cpu: nothing loaded"; }
+
+enum { PROBE_BYTES = 1 << 29, PROBE_REPEATS = 3 }; /* far more than any cache */
+
+static int peaks(adrt_executable *e, adrt_peaks *out, adrt_error *error) {
+  (void)error;
+  int32_t threads = e->options.threads;
+  *out = (adrt_peaks){cpu_read_bandwidth(PROBE_BYTES, threads, PROBE_REPEATS), cpu_int8_peak(threads), 0};
+  return ADRT_OK;
+}
 
 static const adrt_backend backend = {
     .abi_version = ADRT_ABI_VERSION,
@@ -20,6 +30,7 @@ static const adrt_backend backend = {
     .detach = cpu_detach,
     .step = cpu_step,
     .describe = describe,
+    .peaks = peaks,
 };
 
 const adrt_backend *adrt_cpu_backend(void) { return &backend; }

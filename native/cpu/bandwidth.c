@@ -5,6 +5,7 @@
 #include <time.h>
 
 #include "common.h"
+#include "peak.h"
 
 enum { LANES = 16, MAX_THREADS = 256 };
 
@@ -51,7 +52,7 @@ static double read_once(slice *slices, int32_t threads) {
   return last - first;
 }
 
-double adrt_read_bandwidth(uint64_t bytes, int32_t threads, int32_t repeats) {
+double cpu_read_bandwidth(uint64_t bytes, int32_t threads, int32_t repeats) {
   if (threads < 1 || threads > MAX_THREADS || bytes > SIZE_MAX || bytes < (uint64_t)threads * 4096) return 0;
   uint64_t *words = malloc((size_t)bytes);
   if (!words) return 0;

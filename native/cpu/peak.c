@@ -4,8 +4,6 @@
 #include <pthread.h>
 #include <time.h>
 
-#include "adaptrt.h"
-
 enum { MAX_THREADS = 256, REPEATS = 3 };
 static const int64_t ROUNDS = 4000000; /* tens of milliseconds */
 
@@ -32,7 +30,7 @@ static double once(int32_t threads) {
   return (double)ROUNDS * VNNI_OPERATIONS * threads / (now() - start);
 }
 
-double adrt_int8_peak(int32_t threads) {
+double cpu_int8_peak(int32_t threads) {
   if (threads < 1 || threads > MAX_THREADS || !peak_vnni_ready()) return 0;
   double best = 0;
   for (int i = 0; i < REPEATS; i++) {

@@ -1,9 +1,16 @@
-/* Arithmetic probes of single instruction sets. */
+/* What this machine does at best: the floors under speed, which `adaptrt bench` compares against. */
 #ifndef CPU_PEAK_H
 #define CPU_PEAK_H
 #include <stdbool.h>
 #include <stdint.h>
 
+/* Bytes a second that `threads` threads read from `bytes` of memory, best of `repeats`; 0 when out of memory. */
+double cpu_read_bandwidth(uint64_t bytes, int32_t threads, int32_t repeats);
+/* Int8 operations a second (a multiply and an add are two) of `threads` threads, everything in registers; 0 when the
+ * CPU has no int8 dot product that is probed. */
+double cpu_int8_peak(int32_t threads);
+
+/* The probe of an instruction set. */
 bool peak_vnni_ready(void);
 /* Runs `rounds` rounds of VNNI_OPERATIONS int8 operations each; the result only keeps the compiler honest. */
 int32_t peak_vnni(int64_t rounds);

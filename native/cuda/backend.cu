@@ -125,10 +125,17 @@ int step(adrt_executable *e, const adrt_batch *batch, adrt_error *error) {
   });
 }
 
+int peaks(adrt_executable *e, adrt_peaks *out, adrt_error *error) {
+  return guarded_on(e, error, "peaks", [&] {
+    if (!out) fail(ADRT_BAD_ARGUMENT, "peaks: a NULL argument");
+    *out = adaptrt::measure_peaks(*e);
+  });
+}
+
 const char *describe(const adrt_executable *e) { return e ? e->description : "cuda: nothing loaded"; }
 
-const adrt_backend backend = {ADRT_ABI_VERSION, sizeof(adrt_backend), "cuda", probe,  load, unload, reserve,
-                              attach,           detach,               step,   describe};
+const adrt_backend backend = {ADRT_ABI_VERSION, sizeof(adrt_backend), "cuda", probe, load,     unload,
+                              reserve,          attach,               detach, step,  describe, peaks};
 
 }  // namespace
 

@@ -181,6 +181,8 @@ int32_t attach(adrt_executable &e, int32_t n, const adrt_attachment *attachments
 void detach(adrt_executable &e, int32_t handle);
 // step.cu
 void step(adrt_executable &e, const adrt_batch &batch);
+// peak.cu
+adrt_peaks measure_peaks(adrt_executable &e);
 
 }  // namespace adaptrt
 #endif

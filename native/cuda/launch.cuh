@@ -44,6 +44,9 @@ void unload_cublas(cublas_library *cublas);
 bool can_multiply_dense(const product_context &context, const packed_matrix &w);
 size_t dense_workspace_bytes(const packed_matrix &w);
 cudaError_t launch_dense(const product_call &call);
+// y = a b of [n, n] bfloat16 matrices by cuBLAS alone: what a GPU's products can do at best. False without cuBLAS.
+bool launch_square(const product_context &context, const __nv_bfloat16 *a, const __nv_bfloat16 *b, __nv_bfloat16 *y, int n,
+                   cudaStream_t stream);
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t align_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }

@@ -160,6 +160,16 @@ bool can_multiply_dense(const product_context &context, const packed_matrix &w) 
   return context.cublas && w.cols % block_cols == 0;
 }
 
+bool launch_square(const product_context &context, const __nv_bfloat16 *a, const __nv_bfloat16 *b, __nv_bfloat16 *y, int n,
+                   cudaStream_t stream) {
+  if (!context.cublas) return false;
+  const cublas_library &c = *context.cublas;
+  float one = 1, zero = 0;
+  return c.set_stream(c.at, stream) == c.success &&  // which also brings back cuBLAS's own workspace
+         c.gemm(c.at, c.transposed, c.not_transposed, n, n, n, &one, a, c.type_bf16, n, b, c.type_bf16, n, &zero, y,
+                c.type_bf16, n, c.compute_f32, c.any_algorithm) == c.success;
+}
+
 size_t dense_workspace_bytes(const packed_matrix &w) {
   return workspace_zero_bytes + cublas_bytes + size_t(slab_tiles(w)) * tile_rows * w.cols * sizeof(__nv_bfloat16);
 }

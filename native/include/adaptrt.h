@@ -158,6 +158,13 @@ typedef struct {
 
 typedef struct adrt_executable adrt_executable;
 
+/* What the hardware under an executable does at best, measured when asked for; 0 where nothing is known. */
+typedef struct {
+  double bytes_per_second;      /* the CPU's threads reading memory; a GPU copying its own, reads and writes counted */
+  double operations_per_second; /* of the arithmetic that products use; a multiply and an add are two */
+  uint64_t device_bytes;        /* in use of the device's own memory */
+} adrt_peaks;
+
 typedef struct {
   uint32_t abi_version;
   uint32_t struct_bytes; /* sizeof(adrt_backend): slots past it are absent */
@@ -171,6 +178,7 @@ typedef struct {
   int (*detach)(adrt_executable *executable, int32_t handle, adrt_error *error);
   int (*step)(adrt_executable *executable, const adrt_batch *batch, adrt_error *error);
   const char *(*describe)(const adrt_executable *executable); /* the kernels in use, one line */
+  int (*peaks)(adrt_executable *executable, adrt_peaks *peaks, adrt_error *error); /* `adaptrt bench` asks */
 } adrt_backend;
 
 const adrt_backend *adrt_cpu_backend(void);
@@ -183,12 +191,6 @@ int adrt_quantize_nf4(const float *x, int64_t n, uint8_t *codes, float *absmax, 
 int adrt_quantize_absmax(const float *absmax, int64_t n_blocks, float offset, uint8_t *q, float *nested);
 /* x[rows,cols] -> codes[rows*cols], bfloat16 scales[rows*ceil(cols/64)] */
 int adrt_quantize_int8(const float *x, int64_t rows, int64_t cols, int8_t *codes, uint16_t *scales, int64_t *bad);
-
-/* Bytes a second that `threads` threads read from `bytes` of memory, best of `repeats`; 0 when out of memory. */
-double adrt_read_bandwidth(uint64_t bytes, int32_t threads, int32_t repeats);
-/* Int8 operations a second (a multiply and an add are two) of `threads` threads, everything in registers; 0 when the
- * CPU has no int8 dot product that is probed. */
-double adrt_int8_peak(int32_t threads);
 
 /* cffi: end */
 #ifdef __cplusplus

@@ -1,0 +1,72 @@
+"""bitsandbytes' NF4 products and cuBLAS's bfloat16 ones, product by product: CUDA graphs over weights in turn."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
+from typing import Any
+
+from adaptrt.bench.products import TOKENS, Product
+from adaptrt.bench.work import Work
+
+PACKAGE = "bitsandbytes"
+REPLAYS = 12
+
+
+def works(product: Product, device: str) -> Mapping[str, Iterator[Work]]:
+    """By library, one for each number of tokens, named as ours are."""
+    torch, bnb = import_module("torch"), import_module("bitsandbytes")
+    weight = torch.randn(product.rows, product.cols, device=device, dtype=torch.bfloat16) * 0.02
+    quantized = [
+        bnb.functional.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
+        for _ in range(product.copies(product.weight_bytes))
+    ]
+    dense = [weight.clone() for _ in range(product.copies(2 * product.rows * product.cols))]
+
+    def nf4(x: Any) -> int:
+        for codes, state in quantized:
+            bnb.matmul_4bit(x, codes.t(), quant_state=state)
+        return len(quantized)
+
+    def bf16(x: Any) -> int:
+        for one in dense:
+            torch.nn.functional.linear(x, one)
+        return len(dense)
+
+    return {
+        "bitsandbytes": _each(product, device, nf4),
+        "cuBLAS bf16": _each(product, device, bf16),
+    }
+
+
+def _each(product: Product, device: str, multiply: Callable[[Any], int]) -> Iterator[Work]:
+    torch = import_module("torch")
+    for tokens in TOKENS:
+        x = torch.randn(tokens, product.cols, device=device, dtype=torch.bfloat16)
+        yield product.work(tokens, _captured(torch, device, lambda x=x: multiply(x)))  # type: ignore[misc]
+
+
+def _captured(torch: Any, device: str, multiply: Callable[[], int]) -> Callable[[], float]:
+    """What replays the products as a graph and returns the seconds of one."""
+    stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.device(device):
+        with torch.cuda.stream(stream):
+            multiply()  # libraries set themselves up
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            count = multiply()
+
+    def run() -> float:
+        times: list[float] = []
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            for _ in range(REPLAYS):
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                graph.replay()
+                end.record()
+                end.synchronize()
+                times.append(start.elapsed_time(end) / 1000 / count)
+        return statistics.median(times)
+
+    return run
