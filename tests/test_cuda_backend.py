@@ -14,9 +14,12 @@ from adaptrt.backends.base import LoadOptions
 from adaptrt.backends.cuda import CudaBackend
 from adaptrt.backends.native import ProgramStructs, native_module, open_table
 from adaptrt.backends.reference import ReferenceBackend
+from adaptrt.bench.shapes import random_tensor
 from adaptrt.errors import BackendError
-from adaptrt.program import Add, Attention, Gated, Linear, Norm, Rope
-from adaptrt.quant.plain import from_float32
+from adaptrt.model.architecture import TensorSpec
+from adaptrt.program import Add, Attention, Embed, Gated, Linear, Logits, Norm, Rope
+from adaptrt.quant.plain import from_float32, to_float32
+from adaptrt.testing import programs
 from adaptrt.testing.programs import (
     OPERATIONS,
     VOCABULARY,
@@ -93,6 +96,33 @@ def test_linear(dtype: str, cols: int) -> None:
 def test_linear_of_many_tokens(dtype: str) -> None:
     for rows, cols, n_tokens in ((272, 512, 300), (128, 320, 2100), (1024, 1024, 512)):
         compare(linear_model(rows, cols, dtype), n_tokens, page_tokens=64)
+
+
+PRODUCTS = {  # of an 8B model, and of sizes that fill no tile
+    "qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336),
+    "long rows": (257, 14336), "odd": (131, 1000), "no multiple of 64": (257, 4104), "five rows": (5, 256),
+}  # fmt: skip
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", ["bf16", "int8", "nf4"])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_of_real_sizes(name: str, dtype: str) -> None:
+    """The head alone, for every number of tokens at which another kernel or another way to share the work begins."""
+    rows, cols = PRODUCTS[name]
+    role = {"int8": "embedding", "nf4": "linear"}.get(dtype)
+    if role:
+        w = random_tensor(TensorSpec("w", "w", (rows, cols), role), np.random.default_rng(1))
+    else:
+        w = from_float32(random(1, rows, cols, scale=cols**-0.5), dtype)
+    table = from_float32(random(2, 67, cols), "bf16")
+    expected = to_float32(table) @ to_float32(w).T
+    ops = (Embed("x", "table", "embed"), Logits("x", "w", None, "head"))
+    executable = load(programs.model(ops, {"x": cols}, {"table": table, "w": w}), page_tokens=64)
+    for n_tokens in (1, 2, 3, 4, 7, 8, 9, 16, 17, 33, 40, 64, 65, 100, 128, 200, 300, 512, 1100, 2048):
+        tokens = np.random.default_rng(n_tokens).integers(0, 67, n_tokens)
+        assert_close(run_tokens(executable, tokens.tolist(), 64), expected[tokens])
+    executable.close()
 
 
 CASES = OPERATIONS | {  # and what this backend fuses
