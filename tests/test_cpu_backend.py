@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from helpers.isas import BYTE_ISAS, FLOAT_ISAS, INTEGER_ISAS, ISAS, load_on_cpu
 
-from adaptrt.backends.base import LoadOptions
+from adaptrt.backends.base import LoadOptions, Peaks
 from adaptrt.backends.reference import ReferenceBackend
 from adaptrt.program import Attention, Gated, Linear, Rope
 from adaptrt.quant.plain import from_float32
@@ -223,6 +223,15 @@ def test_two_executables_share_a_process_and_close_twice() -> None:
     for executable in executables:
         executable.close()
         executable.close()
+
+
+def test_peaks_are_those_of_the_threads_and_may_be_unknown() -> None:
+    executable = load(decoder())
+    assert executable.peaks().bytes_per_second > 1e8 and executable.peaks().device_bytes == 0
+    calls = executable._calls
+    calls.table = calls.ffi.new("adrt_backend *", calls.table[0])
+    calls.table.peaks = calls.ffi.NULL
+    assert executable.peaks() == Peaks()
 
 
 def test_describe_names_kernels_precision_and_threads() -> None:

@@ -420,6 +420,16 @@ def test_what_is_not_offered_is_refused_in_one_line() -> None:
 
 
 @needs_gpu
+def test_peaks_leave_the_executable_as_it_was() -> None:
+    executable = load(decoder())
+    before = run_tokens(executable, [1, 2, 3], 4)
+    peaks = executable.peaks()
+    assert peaks.bytes_per_second > 1e10 and peaks.device_bytes > 1e6
+    assert peaks.operations_per_second == 0 or peaks.operations_per_second > 1e12  # without cuBLAS not known
+    np.testing.assert_array_equal(run_tokens(executable, [1, 2, 3], 4), before)
+
+
+@needs_gpu
 def test_memory_that_is_not_there_is_refused_and_the_rest_stays() -> None:
     model = decoder()
     executable = load(model, page_tokens=65536)

@@ -178,7 +178,7 @@ typedef struct {
   int (*detach)(adrt_executable *executable, int32_t handle, adrt_error *error);
   int (*step)(adrt_executable *executable, const adrt_batch *batch, adrt_error *error);
   const char *(*describe)(const adrt_executable *executable); /* the kernels in use, one line */
-  int (*peaks)(adrt_executable *executable, adrt_peaks *peaks, adrt_error *error); /* `adaptrt bench` asks */
+  int (*peaks)(adrt_executable *executable, adrt_peaks *peaks, adrt_error *error); /* or NULL */
 } adrt_backend;
 
 const adrt_backend *adrt_cpu_backend(void);
