@@ -44,29 +44,32 @@ def _each(product: Product, device: str, multiply: Callable[[Any], int]) -> Iter
     torch = import_module("torch")
     for tokens in TOKENS:
         x = torch.randn(tokens, product.cols, device=device, dtype=torch.bfloat16)
-        yield product.work(tokens, _captured(torch, device, lambda x=x: multiply(x)))  # type: ignore[misc]
+        yield product.work(tokens, _Captured(torch, device, lambda x=x: multiply(x)))  # type: ignore[misc]
 
 
-def _captured(torch: Any, device: str, multiply: Callable[[], int]) -> Callable[[], float]:
-    """What replays the products as a graph and returns the seconds of one."""
-    stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
-    with torch.no_grad(), torch.cuda.device(device):
-        with torch.cuda.stream(stream):
-            multiply()  # libraries set themselves up
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph, stream=stream):
-            count = multiply()
+class _Captured:
+    """Products as a graph. Called, it replays them and returns the seconds of one."""
 
-    def run() -> float:
+    def __init__(self, torch: Any, device: str, multiply: Callable[[], int]) -> None:
+        self._torch, self._device = torch, device
+        self._multiply = multiply  # it holds the memory that the graph reads
+        self._stream, self._graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.device(device):
+            with torch.cuda.stream(self._stream):
+                multiply()  # libraries set themselves up
+            torch.cuda.synchronize()
+            with torch.cuda.graph(self._graph, stream=self._stream):
+                self._count = multiply()
+
+    def __call__(self) -> float:
+        cuda = self._torch.cuda
         times: list[float] = []
-        with torch.cuda.device(device), torch.cuda.stream(stream):
+        with cuda.device(self._device), cuda.stream(self._stream):
             for _ in range(REPLAYS):
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start, end = (cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
-                graph.replay()
+                self._graph.replay()
                 end.record()
                 end.synchronize()
-                times.append(start.elapsed_time(end) / 1000 / count)
+                times.append(start.elapsed_time(end) / 1000 / self._count)
         return statistics.median(times)
-
-    return run
