@@ -178,7 +178,7 @@ def _measured(works: list[Work], rounds: int, executable: Executable) -> Peaks:
     """Time everything; returns the hardware's peaks, the better of before and after."""
     probe = getattr(executable, "peaks", Peaks)
     before: Peaks = probe()
-    measure(works, rounds, _progress)
+    measure(works, rounds, _Rounds())
     after: Peaks = probe()
     return replace(
         before,
@@ -187,13 +187,19 @@ def _measured(works: list[Work], rounds: int, executable: Executable) -> Peaks:
     )
 
 
-def _progress(line: str) -> None:
-    """Rounds take seconds each: one line that is rewritten on a terminal, else only the first work of a round."""
-    number, _, work = line.partition(": ")
-    if sys.stderr.isatty():
-        click.echo(f"\r{line:70}", nl=False, err=True)
-    elif work == "decode 1 stream" or (work.startswith("qkv") and work.endswith("M = 1")):
-        note(number)
+class _Rounds:
+    """Rounds take seconds each: one line that is rewritten on a terminal, else one for each round."""
+
+    def __init__(self) -> None:
+        self._noted = ""
+
+    def __call__(self, line: str) -> None:
+        number = line.partition(":")[0]
+        if sys.stderr.isatty():
+            click.echo(f"\r{line:70}", nl=False, err=True)
+        elif number != self._noted:
+            note(number)
+            self._noted = number
 
 
 def _made(shape: str, registry: Registry) -> Path:
