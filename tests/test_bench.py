@@ -21,7 +21,7 @@ from adaptrt.bench.crowd import crowds
 from adaptrt.bench.peers.gguf import write_gguf
 from adaptrt.bench.products import Product, layers, product_works, products
 from adaptrt.bench.report import geometric_means, product_rows
-from adaptrt.bench.shapes import SHAPES, random_adapters, random_tensor
+from adaptrt.bench.shapes import SHAPES, random_adapters, random_factor, random_tensor
 from adaptrt.bench.subject import Cost, adapter_bytes
 from adaptrt.bench.work import Work, measure
 from adaptrt.cli.bench import PEERS
@@ -40,7 +40,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def test_rows_of_a_model_with_random_adapters(files: tuple[Path, Path]) -> None:
-    outcome = adaptrt_cli("bench", files[0], "--rounds", 2, "--steps", 2, "--json")
+    outcome = adaptrt_cli("bench", files[0], "--backend", "cpu", "--rounds", 2, "--steps", 2, "--json")
     assert outcome.code == 0, outcome.err
     report = json.loads(outcome.out)
     names = [row["name"] for row in report["rows"]]
@@ -179,8 +179,9 @@ def test_works_take_turns_and_a_round_counts_the_median_of_its_runs() -> None:
 def test_random_weights_are_finite_and_small() -> None:
     architecture = LlamaArchitecture()
     specs = architecture.tensors(architecture.metadata(SHAPES["tinyllama"]))
-    for spec in (specs[0], specs[2]):
-        weight = to_float32(random_tensor(spec, np.random.default_rng(0)))
+    rng = np.random.default_rng(0)
+    for made in (random_tensor(specs[0], rng), random_tensor(specs[2], rng), random_factor(rng, 16, 5632)):
+        weight = to_float32(made)
         assert np.isfinite(weight).all() and 0.1 < weight.std() * np.sqrt(weight.shape[1]) < 2
 
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from adaptrt.adapters.normal import Lowered, LoweredAdapter, LowRank
-from adaptrt.bench.shapes import Specs, random_adapters, random_tensor
+from adaptrt.bench.shapes import Specs, random_adapters, random_factor, random_tensor
 from adaptrt.model.architecture import TensorSpec
-from adaptrt.quant.plain import from_float32
 from adaptrt.tensor import Tensor
 
 
@@ -52,7 +51,7 @@ def _low_rank(specs: Specs, kind: Kind) -> Iterator[tuple[str, LowRank]]:
 
 def _factor(rng: np.random.Generator, dtype: str, rows: int, cols: int) -> Tensor:
     if dtype == "bf16":
-        return from_float32(rng.standard_normal((rows, cols), np.float32) / np.float32(cols**0.5), dtype)
+        return random_factor(rng, rows, cols)
     return random_tensor(TensorSpec("", "", (rows, cols), "linear" if dtype == "nf4" else "embedding"), rng)
 
 
