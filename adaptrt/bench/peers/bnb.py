@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from typing import Any
 
-from adaptrt.bench.products import TOKENS, Product
+from adaptrt.bench.products import TOKENS, Product, settled
 from adaptrt.bench.work import Work
 
 PACKAGE = "bitsandbytes"
@@ -62,6 +62,9 @@ class _Captured:
                 self._count = multiply()
 
     def __call__(self) -> float:
+        return settled(self._replayed)
+
+    def _replayed(self) -> float:
         cuda = self._torch.cuda
         times: list[float] = []
         with cuda.device(self._device), cuda.stream(self._stream):
