@@ -99,6 +99,7 @@ def test_product_rows_compare_and_average() -> None:
     theirs[1].seconds = [8.0]
     table = product_rows(ours, {"lib": theirs}, Peaks(16.0, 0.0))
     assert [row["faster"]["lib"][1] for row in table] == [2, 8] and table[0]["percent_of_floor"] == 50
+    assert product_rows(ours, {"lib": theirs}, Peaks())[0]["percent_of_floor"] is None
     assert geometric_means(table) == [{"tokens": 1, "faster": {"lib": pytest.approx(4)}}]
 
 

@@ -68,9 +68,10 @@ def geometric_means(table: Sequence[Row]) -> list[Row]:
     return means
 
 
-def _percent(work: Work, peaks: Peaks) -> float:
+def _percent(work: Work, peaks: Peaks) -> float | None:
+    """None where the hardware's peaks are not known."""
     floor = work.floor_seconds(peaks.bytes_per_second, peaks.operations_per_second)
-    return 100 * floor / work.median_seconds
+    return 100 * floor / work.median_seconds if floor else None
 
 
 def _geometric_mean(values: Sequence[float]) -> float:
@@ -80,9 +81,10 @@ def _geometric_mean(values: Sequence[float]) -> float:
 def lines(report: Mapping[str, Any]) -> Iterator[str]:
     """The whole report as text."""
     yield f"{report['model']} on {report['backend']}"
-    operations = report["operations_peak"]
-    peak = f", arithmetic peak {operations / 1e9:.0f} GOP/s" if operations else ""
-    yield f"memory bandwidth {report['bandwidth'] / 1e9:.1f} GB/s{peak}"
+    if report["bandwidth"]:
+        operations = report["operations_peak"]
+        peak = f", arithmetic peak {operations / 1e9:.0f} GOP/s" if operations else ""
+        yield f"memory bandwidth {report['bandwidth'] / 1e9:.1f} GB/s{peak}"
     if "rows" in report:
         yield from _model_lines(report)
     if "products" in report:
@@ -112,7 +114,7 @@ def _table_lines(table: Sequence[Row]) -> Iterator[str]:
     for row in table:
         numbers = (
             f"{row['tokens_per_second']:9.1f}{row['milliseconds']:9.2f}{row['gigabytes_per_second']:7.1f}"
-            f"{row['gigaoperations_per_second']:8.0f}{row['percent_of_floor']:11.1f}"
+            f"{row['gigaoperations_per_second']:8.0f}{_percent_text(row)}"
         )
         yield f"{row['name']:36}{numbers}   {_ratios(row['time_over_base'])}"
 
@@ -125,10 +127,15 @@ def _product_lines(table: Sequence[Row], means: Sequence[Row]) -> Iterator[str]:
         theirs = "".join(
             f"   {row['peer_microseconds'][name]:16.1f}  ({_ratios(row['faster'][name])})" for name in peers
         )
-        yield f"{row['name']:36}{row['microseconds']:9.2f}{row['percent_of_floor']:11.1f}{theirs}"
+        yield f"{row['name']:36}{row['microseconds']:9.2f}{_percent_text(row)}{theirs}"
     for mean in means:
         faster = ", ".join(f"{ratio:.2f} times {name}" for name, ratio in mean["faster"].items())
         yield f"geometric mean, M = {mean['tokens']}: {faster}"
+
+
+def _percent_text(row: Row) -> str:
+    percent = row["percent_of_floor"]
+    return f"{'-':>11}" if percent is None else f"{percent:11.1f}"
 
 
 def _ratios(ratios: Sequence[float]) -> str:
