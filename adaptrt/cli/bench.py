@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import chain
@@ -175,16 +175,17 @@ def _bench_products(shape: str, loader: Loader, settings: Settings) -> dict[str,
 
 
 def _measured(works: list[Work], rounds: int, executable: Executable) -> Peaks:
-    """Time everything; returns the hardware's peaks, the better of before and after."""
-    probe = getattr(executable, "peaks", Peaks)
-    before: Peaks = probe()
-    measure(works, rounds, _Rounds())
-    after: Peaks = probe()
-    return replace(
-        before,
-        bytes_per_second=max(before.bytes_per_second, after.bytes_per_second),
-        operations_per_second=max(before.operations_per_second, after.operations_per_second),
-    )
+    """Time everything; returns the medians of the hardware's peaks, which meet it in the same state: once a round."""
+    taken: list[Peaks] = []
+
+    def probe() -> float:
+        with suppress(BackendError):  # no memory for it: percentages are left out
+            taken.append(getattr(executable, "peaks", Peaks)())
+        return 0.0
+
+    measure([Work("peaks", 0, probe), *works], rounds, _Rounds())
+    columns = zip(*(astuple(peaks) for peaks in taken[1:] or [Peaks()]), strict=True)
+    return Peaks(*(statistics.median(column) for column in columns))
 
 
 class _Rounds:

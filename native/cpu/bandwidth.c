@@ -52,26 +52,18 @@ static double read_once(slice *slices, int32_t threads) {
   return last - first;
 }
 
-double cpu_read_bandwidth(uint64_t bytes, int32_t threads, int32_t repeats) {
+double cpu_read_bandwidth(uint64_t bytes, int32_t threads) {
   if (threads < 1 || threads > MAX_THREADS || bytes > SIZE_MAX || bytes < (uint64_t)threads * 4096) return 0;
   uint64_t *words = malloc((size_t)bytes);
   if (!words) return 0;
   cpu_prefer_huge_pages(words, bytes); /* as the weights' file is mapped */
   memset(words, 1, (size_t)bytes); /* an untouched page would be read from the one shared zero page */
   size_t share = (size_t)bytes / sizeof *words / (size_t)threads;
-  double best = 0;
+  slice slices[MAX_THREADS] = {{0}};
+  for (int32_t i = 0; i < threads; i++) slices[i] = (slice){.words = words + share * (size_t)i, .count = share};
+  double seconds = read_once(slices, threads);
   volatile uint64_t sink = 0;
-  for (int32_t r = 0; r < repeats; r++) {
-    slice slices[MAX_THREADS] = {{0}};
-    for (int32_t i = 0; i < threads; i++)
-      slices[i] = (slice){.words = words + share * (size_t)i, .count = share};
-    double seconds = read_once(slices, threads);
-    for (int32_t i = 0; i < threads; i++) sink += slices[i].sum;
-    if (seconds > 0) {
-      double rate = (double)(share * sizeof *words * (size_t)threads) / seconds;
-      if (rate > best) best = rate;
-    }
-  }
+  for (int32_t i = 0; i < threads; i++) sink += slices[i].sum;
   free(words);
-  return best;
+  return seconds > 0 ? (double)(share * sizeof *words * (size_t)threads) / seconds : 0;
 }

@@ -4,8 +4,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-/* Bytes a second that `threads` threads read from `bytes` of memory, best of `repeats`; 0 when out of memory. */
-double cpu_read_bandwidth(uint64_t bytes, int32_t threads, int32_t repeats);
+/* Bytes a second at which `threads` threads together read `bytes` of memory once; 0 when out of memory. */
+double cpu_read_bandwidth(uint64_t bytes, int32_t threads);
 /* Int8 operations a second (a multiply and an add are two) of `threads` threads, everything in registers; 0 when the
  * CPU has no int8 dot product that is probed. */
 double cpu_int8_peak(int32_t threads);
