@@ -95,7 +95,9 @@ def test_products_are_those_of_a_layer_and_run_on_a_backend(monkeypatch: pytest.
 
 
 def test_product_rows_compare_and_average() -> None:
-    ours, theirs = ([Work("a", 1, float, 8, 8, [t]), Work("b", 1, float, 8, 8, [t])] for t in (1.0, 2.0))
+    ours, theirs = (
+        [Work("a", 1, float, 8, 8, seconds=[t]), Work("b", 1, float, 8, 8, seconds=[t])] for t in (1.0, 2.0)
+    )
     theirs[1].seconds = [8.0]
     table = product_rows(ours, {"lib": theirs}, Peaks(16.0, 0.0))
     assert [row["faster"]["lib"][1] for row in table] == [2, 8] and table[0]["percent_of_floor"] == 50
