@@ -15,7 +15,7 @@ from adaptrt.backends.cuda import CudaBackend
 from adaptrt.backends.native import ProgramStructs, native_module, open_table
 from adaptrt.backends.reference import ReferenceBackend
 from adaptrt.errors import BackendError
-from adaptrt.program import Add, Attention, Gated, Linear, Norm, Rope
+from adaptrt.program import Add, Attention, Embed, Gated, Linear, Logits, Norm, Rope
 from adaptrt.quant.plain import from_float32
 from adaptrt.testing.programs import (
     OPERATIONS,
@@ -27,6 +27,7 @@ from adaptrt.testing.programs import (
     adapter,
     batch,
     decoder,
+    model,
     probe,
     random,
     relative_error,
@@ -244,6 +245,32 @@ def test_term(name: str) -> None:
         Run([6] * 19, stack=(1, 0)),
     ]
     compare_stacks(adapted_model(), adapters, runs, TOLERANCE)
+    few = [Run([4], stack=()), Run([1], stack=(0,)), Run([5, 2], stack=(0, 1)), Run([7, 8, 9], stack=(1, 0))]
+    compare_stacks(adapted_model(), adapters, few, TOLERANCE)
+    compare_stacks(adapted_model(), adapters, few[1:2], TOLERANCE)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", ["bf16", "nf4"])
+def test_adapters_of_a_large_head(dtype: str) -> None:
+    """More outputs than all warps of a GPU have tiles: some tiles are one warp's alone."""
+    rows, cols = 40_000, 64
+    tensors = {"table": from_float32(random(0, VOCABULARY, cols), "f32")}
+    weight("w", rows, cols, dtype, tensors)
+    wide = model([Embed("x", "table", "embed"), Logits("x", "w", None, "head")], {"x": cols}, tensors)
+    adapters: list[LoweredAdapter] = [
+        {"head": Lowered((plain(5, rows, cols, 1),), g_out=random(5, rows))},
+        {
+            "head": Lowered(
+                (plain(70, rows, cols, 2, "f32", "f16"), plain(2, rows, cols, 3)), c=random(6, rows)
+            )
+        },
+    ]
+    for runs in (
+        [Run([1], stack=(0,))],
+        [Run([2, 3], stack=(1, 0)), Run([4], stack=()), Run([5], stack=(1,))],
+    ):
+        compare_stacks(wide, adapters, runs, TOLERANCE)
 
 
 @needs_gpu
@@ -255,6 +282,36 @@ def test_many_adapters_in_one_batch() -> None:
     compare_stacks(adapted_model(), adapters, runs, TOLERANCE)
     runs = [Run([i % VOCABULARY] * (1 + i % 3), stack=(0,) * (i % 3)) for i in range(50)]
     compare_stacks(adapted_model(), adapters, runs, TOLERANCE)
+
+
+@needs_gpu
+@pytest.mark.parametrize("out", [96, 102])  # the first are one product
+@pytest.mark.parametrize(("rank", "dtype"), [(1, "f32"), (13, "bf16"), (64, "bf16"), (256, "f32")])
+def test_factors_in_common(rank: int, dtype: str, out: int) -> None:
+    """Adapters with one U and V (VeRA), and others, in stacks and runs of all kinds, on two layers with one input."""
+    tensors: dict[str, Any] = {}
+    weight("w", out, IN, "nf4", tensors)
+    weight("v", out, IN, "nf4", tensors, seed=2)
+    tensors["b"] = from_float32(random(9, out), "f32")
+    ops = [Linear("y", "x", "w", None, "w"), Linear("z", "x", "v", "b", "v"), Add("z", "y", "z")]
+    model = probe(ops, "z", {"x": IN, "y": out, "z": out}, tensors)
+    u = from_float32(random(1, 130, rank, scale=rank**-0.5), dtype)
+    v = from_float32(random(2, rank, IN + 3, scale=IN**-0.5), dtype)
+
+    def vera(seed: int) -> LoweredAdapter:
+        term = LowRank(u, v, 0.8, 1 + random(seed, rank), 1 + random(seed + 1, out))
+        return {"w": Lowered((term,)), "v": Lowered((replace(term, d=None),))}
+
+    adapters: list[LoweredAdapter] = [vera(3 * i + 1) for i in range(12)]
+    plain_only = [Run([i % VOCABULARY], stack=(i,)) for i in range(12)]
+    compare_stacks(model, adapters, plain_only, TOLERANCE)
+    adapters.append({name: Lowered((plain(5, out, IN, 7),)) for name in ("w", "v")})
+    several = (LowRank(u, v, 0.3), plain(2, out, IN, 8))
+    adapters.append({"v": Lowered(several, g_out=random(5, out), c=random(6, out))})
+    adapters.append({"w": Lowered(g_out=random(7, out))})
+    stacks = [(12,), (), (13,), (0, 14), (14, 0), (12, 1), (2, 3), (13, 4), (0, 13, 12)]
+    mixed = [Run([j] * (1 + j % 5 * 9), stack=stack) for j, stack in enumerate(stacks)]
+    compare_stacks(model, adapters, plain_only + mixed, TOLERANCE)
 
 
 EMBEDDED = {

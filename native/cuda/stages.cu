@@ -4,6 +4,7 @@
 
 #include "elementwise.cuh"
 #include "executable.cuh"
+#include "ride.cuh"
 
 namespace adaptrt {
 namespace {
@@ -89,9 +90,12 @@ class product_stage : public stage {
     }
     adapter_call adapters = describe(e, x, in.narrow_stride());
     int64_t chunks = chunks_of(e);
+    if (ride(e, adapters, n, chunks)) return;
+    extend_call common = project(e, adapters, n);
     if (chunks) shrink(e, adapters, chunks);
     multiply(e, x, in.narrow_stride(), n, adapters);
-    if (changes(e)) launch_expand(e.queue(), adapters, segments(e).single);
+    if (common.n_members) launch_extend(e.queue(), common, e.multiprocessors);
+    if (changes(e)) launch_expand(e.queue(), adapters, segments(e).single, e.multiprocessors);
     if (!head_) narrow(e, out_);
   }
 
@@ -102,7 +106,25 @@ class product_stage : public stage {
     return width;
   }
 
+  int64_t projected_width(const adrt_executable &e) const override {
+    int64_t width = 0;
+    for (const product_member &m : members_)
+      if (has_common(e, m)) width += project_splits * projected_stride(e.acting[size_t(m.target)].v->f.rows);
+    return width;
+  }
+
  private:
+  // Whether a term that many adapters may have is multiplied for all tokens at once.
+  bool has_common(const adrt_executable &e, const product_member &m) const {
+    constexpr int least_tokens = 9;
+    return (head_ ? e.plan.n_logits : e.plan.n_tokens) >= least_tokens && acts(e, m.target) &&
+           e.acting[size_t(m.target)].v;
+  }
+  // Whether adapters do more there than that.
+  bool has_other(const adrt_executable &e, const product_member &m) const {
+    return acts(e, m.target) && !(has_common(e, m) && e.acting[size_t(m.target)].alone && !segments(e).stacked);
+  }
+
   const segment_plan &segments(const adrt_executable &e) const { return head_ ? e.plan.logits : e.plan.tokens; }
 
   adapter_call describe(const adrt_executable &e, const __nv_bfloat16 *x, int64_t stride) const {
@@ -114,6 +136,8 @@ class product_stage : public stage {
       call.members[i] = {m.target < 0 ? 0 : m.target, row, m.w.rows, hidden, m.bias};
       row += m.w.rows;
       if (acts(e, m.target)) hidden += e.acting[size_t(m.target)].width;
+      if (has_common(e, m))
+        call.members[i].elsewhere = {e.acting[size_t(m.target)].v->f.data, e.acting[size_t(m.target)].u->f.data};
     }
     call.x = x, call.x_stride = stride, call.cols = all_.cols;
     call.hidden = e.hidden.as<float>(), call.hidden_width = hidden;
@@ -128,24 +152,58 @@ class product_stage : public stage {
 
   int64_t chunks_of(const adrt_executable &e) const {
     int64_t chunks = 0;
-    const segment_plan &s = segments(e);
     for (const product_member &m : members_)
-      if (acts(e, m.target))
-        chunks += shrink_chunks(e.acting[size_t(m.target)].width, s.single, int(s.shrink_tiles.size())) +
-                  e.acting[size_t(m.target)].more_terms;
+      if (has_other(e, m))
+        chunks += shrink_chunks(e.acting[size_t(m.target)].width) + e.acting[size_t(m.target)].more_terms;
     return chunks;
   }
 
   bool changes(const adrt_executable &e) const {
     return std::any_of(members_.begin(), members_.end(),
-                       [&](const product_member &m) { return m.bias || acts(e, m.target); });
+                       [&](const product_member &m) { return m.bias || has_other(e, m); });
+  }
+
+  // The product with its adapters beside it, where they are few.
+  bool ride(adrt_executable &e, const adapter_call &call, int n, int64_t chunks) const {
+    const segment_plan &s = segments(e);
+    if (!chunks || !next_sees_input(e.products.context, all_, n)) return false;
+    for (const product_member &m : members_)
+      if (acts(e, m.target) && (!e.acting[size_t(m.target)].plain || e.acting[size_t(m.target)].maps_input)) return false;
+    ride_call beside = {call, s.device_shrink_tiles, int(s.shrink_tiles.size()), int(chunks)};
+    if (!plan_ride(beside, s.hidden_rows * call.hidden_width, e.riding.bytes(), e.multiprocessors)) return false;
+    product(e, all_, call.x, call.x_stride, n, call, 0);
+    launch_ride(e.queue(), beside, s.single, e.multiprocessors);
+    if (!head_) narrow(e, out_);
+    return true;
+  }
+
+  // V x of the terms in common, once a V. The result says what is left to do after the product.
+  extend_call project(adrt_executable &e, const adapter_call &call, int n) const {
+    extend_call later = {call.applications, segments(e).device_heads, n};
+    later.y = call.y, later.y_stride = call.y_stride;
+    float *to = e.projected.as<float>();
+    for (size_t i = 0; i < members_.size(); i++) {
+      if (!has_common(e, members_[i])) continue;
+      const host_attachment &a = e.acting[size_t(members_[i].target)];
+      const extend_member *end = later.members + later.n_members;
+      const extend_member *first = later.members, *same =
+          std::find_if(first, end, [&](const extend_member &m) { return m.term.v == a.v->f.data; });
+      const float *projected = same == end ? to : same->projected;
+      if (same == end) {
+        launch_project(e.queue(), {dense_form(e, *a.v), call.x, call.x_stride, call.cols, n, to});
+        to += project_splits * n * projected_stride(a.v->f.rows);
+      }
+      const member &m = call.members[i];
+      later.members[later.n_members++] = {m.elsewhere, m.target, dense_form(e, *a.u), projected, m.row, m.rows};
+    }
+    return later;
   }
 
   // Before the product, which fills its pipeline with weights meanwhile.
   void shrink(adrt_executable &e, adapter_call call, int64_t chunks) const {
     const segment_plan &s = segments(e);
     call.tiles = s.device_shrink_tiles, call.n_tiles = int32_t(s.shrink_tiles.size());
-    launch_shrink(e.queue(), call, s.single, chunks);
+    launch_shrink(e.queue(), call, chunks, e.multiprocessors);
   }
 
   void multiply(adrt_executable &e, const __nv_bfloat16 *x, int64_t stride, int n, const adapter_call &adapters) const {
@@ -479,6 +537,7 @@ class builder {
 }  // namespace
 
 int64_t stage::hidden_width(const adrt_executable &) const { return 0; }
+int64_t stage::projected_width(const adrt_executable &) const { return 0; }
 
 void make_stages(adrt_executable &e, const adrt_program &program) { builder(e, program).build(); }
 

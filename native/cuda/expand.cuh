@@ -1,0 +1,146 @@
+// What the terms and vectors of adapters do to outputs: what kernels for it share.
+#ifndef ADAPTRT_CUDA_EXPAND_CUH
+#define ADAPTRT_CUDA_EXPAND_CUH
+#include "adapters.cuh"
+#include "panels.cuh"
+
+namespace adaptrt {
+
+// A warp does 64 outputs at a time for a tile of tokens, on tensor cores: 16 outputs by 16 ranks times the hidden values
+// of 16 ranks in 8 columns. A column has the upper or the lower half of a token's values as bfloat16, whose sum is exact
+// enough. With four tokens the columns are theirs, and lane 4g + t has outputs 2g and 2g + 1 of all four steps for token
+// t. With one token the columns are those of the steps, so that the lane has two outputs of step t.
+template <bool single>
+struct lane_outputs {
+  static constexpr int steps = single ? 1 : 4;
+  float y[steps][2], constant[steps][2];  // the bias and every c
+
+  static __device__ int lane() { return threadIdx.x % warp_size; }
+  static __device__ int token() { return single ? 0 : lane() % 4; }
+  static __device__ int row(int step) { return 16 * (single ? lane() % 4 : step) + lane() / 4 * 2; }
+};
+
+// One term's hidden values of a tile: token k has them at data + k * width.
+struct hidden_values {
+  const float *data;
+  int64_t width;
+  int tokens;
+  __device__ float at(int token, int64_t i) const {
+    return token < tokens && i < width ? data[token * width + i] : 0.f;
+  }
+};
+
+__device__ inline uint32_t pair_of(float low, float high) {
+  __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<uint32_t *>(&pair);
+}
+
+// The lane's two registers of a column of hidden values, of ranks 2t, 2t + 1, 2t + 8 and 2t + 9 from `rank` on.
+__device__ inline void column_of(const hidden_values &hidden, int token, int64_t rank, const float *scales, uint32_t b[2]) {
+  bool lower = threadIdx.x / 4 % 2;
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    int at = threadIdx.x % 4 * 2 + 8 * i;
+    float h[2];
+    for (int k = 0; k < 2; k++) h[k] = hidden.at(token, rank + at + k) * (scales ? scales[at + k] : 1.f);
+    uint32_t upper = pair_of(h[0], h[1]);
+    float rest[2] = {h[0] - __uint_as_float(upper << 16), h[1] - __uint_as_float(upper & 0xffff0000)};
+    b[i] = lower ? pair_of(rest[0], rest[1]) : upper;
+  }
+}
+
+template <weight_kind kind, bool single>
+__device__ void low_rank(const factor &u, const hidden_values &hidden, int64_t block, float (*sum)[2]) {
+  constexpr int steps = lane_outputs<single>::steps;
+  int column = threadIdx.x % warp_size / 8, ranks = int(rank_pieces(u));
+  float c[steps][4] = {};
+#pragma unroll 2
+  for (int r = 0; r < ranks; r++) {
+    int64_t piece = block * ranks + r;
+    piece_codes<kind> codes;
+    codes.load(u, piece);
+    uint32_t b[2];
+    column_of(hidden, single ? 0 : column, r * panel_ranks,
+              kind == weight_kind::bf16 ? nullptr : u.scales + piece * panel_ranks, b);
+#pragma unroll
+    for (int s = 0; s < 4; s++) {
+      uint32_t a[4];
+      codes.step(s, a);
+      bool mine = !single || column == s;
+      multiply_add(c[single ? 0 : s], a, mine ? b[0] : 0, mine ? b[1] : 0);
+    }
+  }
+#pragma unroll
+  for (int s = 0; s < steps; s++) sum[s][0] = c[s][0] + c[s][1], sum[s][1] = c[s][2] + c[s][3];
+}
+
+// Output `row` of a term that has no U, or a Kronecker product's W1.
+__device__ inline float other_output(const term &t, const hidden_values &hidden, int token, int64_t row) {
+  if (t.kind != ADRT_KRONECKER) return hidden.at(token, row);
+  float sum = 0;
+  for (int64_t b = 0; b < t.u.cols; b++)
+    sum += element(t.u, row / t.v.rows, b) * hidden.at(token, b * t.v.rows + row % t.v.rows);
+  return sum;
+}
+
+template <bool single>
+__device__ void add_term(const term &t, const hidden_values &hidden, int64_t block, int64_t rows,
+                         lane_outputs<single> &out) {
+  float sum[out.steps][2] = {};
+  if (t.kind == ADRT_LOW_RANK && !t.identity)
+    with_kind(t.u.dtype, [&](auto kind) { low_rank<decltype(kind)::value, single>(t.u, hidden, block, sum); });
+#pragma unroll
+  for (int i = 0; i < 2 * out.steps; i++) {
+    int64_t row = block * BLOCK + out.row(i / 2) + i % 2;
+    if (row >= rows) continue;
+    float &v = sum[i / 2][i % 2];
+    if (t.kind != ADRT_LOW_RANK || t.identity) v = other_output(t, hidden, out.token(), row);
+    out.y[i / 2][i % 2] += t.e ? t.e[row] * v : v;
+  }
+}
+
+template <bool single>
+__device__ void apply_vectors(const attachment &what, int64_t block, int64_t rows, lane_outputs<single> &out) {
+#pragma unroll
+  for (int i = 0; i < 2 * out.steps; i++) {
+    int64_t row = block * BLOCK + out.row(i / 2) + i % 2;
+    if (row >= rows) continue;
+    float &y = out.y[i / 2][i % 2], &constant = out.constant[i / 2][i % 2];
+    if (what.g_out) {
+      y *= what.g_out[row];
+      if (what.scales_bias) constant *= what.g_out[row];
+    }
+    if (what.c) constant += what.c[row];
+  }
+}
+
+// The stack of a tile, in its order; `hidden` is as c.hidden.
+template <bool single>
+__device__ void apply_stack(const adapter_call &c, const float *all_hidden, const member &m, const token_tile &tile,
+                            int64_t block, lane_outputs<single> &out) {
+  for (int i = 0; i < tile.n; i++) {
+    const application &a = application_of(c.applications, tile, i);
+    const attachment &what = a.attachments[m.target];
+    if (!what.acts) continue;
+    for (int k = 0; k < what.n_terms; k++) {
+      const term &t = term_of(what, k);
+      if (is_elsewhere(m, a, k, t)) continue;
+      const float *hidden = all_hidden + hidden_start(c, a, m, t) + (tile.token - a.token) * t.width;
+      add_term(t, {hidden, t.width, tile.n_tokens}, block, m.rows, out);
+    }
+    apply_vectors(what, block, m.rows, out);
+  }
+}
+
+// The part of the first term's U that a warp reads.
+__device__ inline void prefetch_first(const member &m, const token_tile &tile, int64_t block, int64_t blocks) {
+  if (!tile.n) return;
+  const attachment &what = tile.head.attachments[m.target];
+  const term &t = what.first;
+  if (!what.acts || !what.n_terms || t.kind != ADRT_LOW_RANK || t.identity || m.elsewhere.is(t)) return;
+  int64_t bytes = rank_pieces(t.u) * tile_bytes(panel_kind(t.u.dtype));
+  prefetch(t.u.data + block * bytes, blocks * bytes);
+}
+
+}  // namespace adaptrt
+#endif
