@@ -35,40 +35,61 @@ __device__ inline uint32_t pair_of(float low, float high) {
   return *reinterpret_cast<uint32_t *>(&pair);
 }
 
-// The lane's two registers of a column of hidden values, of ranks 2t, 2t + 1, 2t + 8 and 2t + 9 from `rank` on.
-__device__ inline void column_of(const hidden_values &hidden, int token, int64_t rank, const float *scales, uint32_t b[2]) {
-  bool lower = threadIdx.x / 4 % 2;
+// A lane's four values of a column of 16 ranks: 2t, 2t + 1, 2t + 8 and 2t + 9.
+struct lane_ranks {
+  float v[4];
+  static __device__ int rank(int i) { return threadIdx.x % 4 * 2 + i % 2 + i / 2 * 8; }
+
+  __device__ void load(const hidden_values &hidden, int token, int64_t first_rank) {
 #pragma unroll
-  for (int i = 0; i < 2; i++) {
-    int at = threadIdx.x % 4 * 2 + 8 * i;
-    float h[2];
-    for (int k = 0; k < 2; k++) h[k] = hidden.at(token, rank + at + k) * (scales ? scales[at + k] : 1.f);
-    uint32_t upper = pair_of(h[0], h[1]);
-    float rest[2] = {h[0] - __uint_as_float(upper << 16), h[1] - __uint_as_float(upper & 0xffff0000)};
-    b[i] = lower ? pair_of(rest[0], rest[1]) : upper;
+    for (int i = 0; i < 4; i++) v[i] = hidden.at(token, first_rank + rank(i));
+  }
+  // The two registers of the lane's half of the column, times the ranks' scales.
+  template <weight_kind kind>
+  __device__ void column(const float *scales, uint32_t b[2]) const {
+    bool lower = threadIdx.x / 4 % 2;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      float h[2] = {v[i], v[i + 1]};
+      if constexpr (kind != weight_kind::bf16) {
+        float2 by = __ldg(reinterpret_cast<const float2 *>(scales + rank(i)));
+        h[0] *= by.x, h[1] *= by.y;
+      }
+      uint32_t upper = pair_of(h[0], h[1]);
+      float rest[2] = {h[0] - __uint_as_float(upper << 16), h[1] - __uint_as_float(upper & 0xffff0000)};
+      b[i / 2] = lower ? pair_of(rest[0], rest[1]) : upper;
+    }
+  }
+};
+
+// 64 outputs by 16 ranks.
+template <weight_kind kind, bool single>
+__device__ void multiply_piece(const piece_codes<kind> &codes, const uint32_t b[2], float (*c)[4]) {
+  int step_of_column = threadIdx.x % warp_size / 8;
+#pragma unroll
+  for (int s = 0; s < 4; s++) {
+    uint32_t a[4];
+    codes.step(s, a);
+    bool mine = !single || step_of_column == s;
+    multiply_add(c[single ? 0 : s], a, mine ? b[0] : 0, mine ? b[1] : 0);
   }
 }
 
 template <weight_kind kind, bool single>
-__device__ void low_rank(const factor &u, const hidden_values &hidden, int64_t block, float (*sum)[2]) {
+__device__ void low_rank(const factor u, const hidden_values &hidden, int64_t block, float (*sum)[2]) {
   constexpr int steps = lane_outputs<single>::steps;
-  int column = threadIdx.x % warp_size / 8, ranks = int(rank_pieces(u));
+  int ranks = int(rank_pieces(u)), token = single ? 0 : threadIdx.x % warp_size / 8;
   float c[steps][4] = {};
-#pragma unroll 2
+#pragma unroll 1
   for (int r = 0; r < ranks; r++) {
     int64_t piece = block * ranks + r;
     piece_codes<kind> codes;
     codes.load(u, piece);
+    lane_ranks values;
+    values.load(hidden, token, r * panel_ranks);
     uint32_t b[2];
-    column_of(hidden, single ? 0 : column, r * panel_ranks,
-              kind == weight_kind::bf16 ? nullptr : u.scales + piece * panel_ranks, b);
-#pragma unroll
-    for (int s = 0; s < 4; s++) {
-      uint32_t a[4];
-      codes.step(s, a);
-      bool mine = !single || column == s;
-      multiply_add(c[single ? 0 : s], a, mine ? b[0] : 0, mine ? b[1] : 0);
-    }
+    values.template column<kind>(u.scales + piece * panel_ranks, b);
+    multiply_piece<kind, single>(codes, b, c);
   }
 #pragma unroll
   for (int s = 0; s < steps; s++) sum[s][0] = c[s][0] + c[s][1], sum[s][1] = c[s][2] + c[s][3];
@@ -84,33 +105,54 @@ __device__ inline float other_output(const term &t, const hidden_values &hidden,
 }
 
 template <bool single>
-__device__ void add_term(const term &t, const hidden_values &hidden, int64_t block, int64_t rows,
-                         lane_outputs<single> &out) {
-  float sum[out.steps][2] = {};
-  if (t.kind == ADRT_LOW_RANK && !t.identity)
-    with_kind(t.u.dtype, [&](auto kind) { low_rank<decltype(kind)::value, single>(t.u, hidden, block, sum); });
+__device__ __noinline__ void other_outputs(const term &t, const hidden_values &hidden, int64_t block, int64_t rows,
+                                           float (*sum)[2]) {
+  using lane = lane_outputs<single>;
+  for (int i = 0; i < 2 * lane::steps; i++) {
+    int64_t row = block * BLOCK + lane::row(i / 2) + i % 2;
+    if (row < rows) sum[i / 2][i % 2] = other_output(t, hidden, lane::token(), row);
+  }
+}
+
+// A lane's part of a vector of outputs, or `otherwise`.
+template <bool single>
+__device__ void load_vector_of(const float *vector, int64_t block, int64_t rows, float otherwise, float (*out)[2]) {
+  using lane = lane_outputs<single>;
 #pragma unroll
-  for (int i = 0; i < 2 * out.steps; i++) {
-    int64_t row = block * BLOCK + out.row(i / 2) + i % 2;
-    if (row >= rows) continue;
-    float &v = sum[i / 2][i % 2];
-    if (t.kind != ADRT_LOW_RANK || t.identity) v = other_output(t, hidden, out.token(), row);
-    out.y[i / 2][i % 2] += t.e ? t.e[row] * v : v;
+  for (int i = 0; i < 2 * lane::steps; i++) {
+    int64_t row = block * BLOCK + lane::row(i / 2) + i % 2;
+    out[i / 2][i % 2] = vector && row < rows ? __ldg(vector + row) : otherwise;
   }
 }
 
 template <bool single>
-__device__ void apply_vectors(const attachment &what, int64_t block, int64_t rows, lane_outputs<single> &out) {
+__device__ void add_term(const term &t, const hidden_values &hidden, int64_t block, int64_t rows,
+                         lane_outputs<single> &out) {
+  constexpr int steps = lane_outputs<single>::steps;
+  float sum[steps][2] = {}, e[steps][2];
+  load_vector_of<single>(t.e, block, rows, 1.f, e);
+  if (t.kind == ADRT_LOW_RANK && !t.identity)
+    with_kind(t.u.dtype, [&](auto kind) { low_rank<decltype(kind)::value, single>(t.u, hidden, block, sum); });
+  else
+    other_outputs<single>(t, hidden, block, rows, sum);
 #pragma unroll
-  for (int i = 0; i < 2 * out.steps; i++) {
-    int64_t row = block * BLOCK + out.row(i / 2) + i % 2;
-    if (row >= rows) continue;
-    float &y = out.y[i / 2][i % 2], &constant = out.constant[i / 2][i % 2];
-    if (what.g_out) {
-      y *= what.g_out[row];
-      if (what.scales_bias) constant *= what.g_out[row];
-    }
-    if (what.c) constant += what.c[row];
+  for (int i = 0; i < 2 * steps; i++) out.y[i / 2][i % 2] += e[i / 2][i % 2] * sum[i / 2][i % 2];
+}
+
+template <bool single>
+__device__ void apply_vectors(const attachment &what, int64_t block, int64_t rows, lane_outputs<single> &out) {
+  constexpr int steps = lane_outputs<single>::steps;
+  const float *g_out = what.g_out, *c = what.c;
+  if (!g_out && !c) return;
+  bool scales_bias = what.scales_bias;
+  float gains[steps][2], constants[steps][2];
+  load_vector_of<single>(g_out, block, rows, 1.f, gains);
+  load_vector_of<single>(c, block, rows, 0.f, constants);
+#pragma unroll
+  for (int i = 0; i < 2 * steps; i++) {
+    float &constant = out.constant[i / 2][i % 2], gain = gains[i / 2][i % 2];
+    out.y[i / 2][i % 2] *= gain;
+    constant = (scales_bias ? gain : 1.f) * constant + constants[i / 2][i % 2];
   }
 }
 

@@ -86,14 +86,21 @@ __device__ void gather_hidden(const ride_call &ride, float *hidden) {
 
 // ---- expand ----
 
-// The product of the gains of a tile's stack at an output.
-__device__ float gain_of(const adapter_call &c, const member &m, const token_tile &tile, int64_t row) {
-  float gain = 1;
+// The product of the gains of a tile's stack.
+template <bool single>
+__device__ void load_gains(const adapter_call &c, const member &m, const token_tile &tile, int64_t block,
+                           float (*gain)[2]) {
+  constexpr int steps = lane_outputs<single>::steps;
+  load_vector_of<single>(nullptr, block, m.rows, 1.f, gain);
   for (int i = 0; i < tile.n; i++) {
     const attachment &what = application_of(c.applications, tile, i).attachments[m.target];
-    if (what.acts && what.g_out) gain *= what.g_out[row];
+    const float *g_out = what.acts ? what.g_out : nullptr;
+    if (!g_out) continue;
+    float more[steps][2];
+    load_vector_of<single>(g_out, block, m.rows, 1.f, more);
+#pragma unroll
+    for (int k = 0; k < 2 * steps; k++) gain[k / 2][k % 2] *= more[k / 2][k % 2];
   }
-  return gain;
 }
 
 // Adapters make gain * y + change of y.
@@ -103,22 +110,22 @@ __device__ void expand_beside(const adapter_call &c, const float *hidden, const 
   lane_outputs<single> out = {};
   float gain[out.steps][2];
   bool there = out.token() < tile.n_tokens;
-#pragma unroll
-  for (int i = 0; i < 2 * out.steps; i++) {
-    int64_t row = block * BLOCK + out.row(i / 2) + i % 2;
-    if (row >= m.rows) continue;
-    out.constant[i / 2][i % 2] = m.bias ? m.bias[row] : 0.f;
-    gain[i / 2][i % 2] = gain_of(c, m, tile, row);
-  }
+  load_vector_of<single>(m.bias, block, m.rows, 0.f, out.constant);
+  load_gains<single>(c, m, tile, block, gain);
   apply_stack(c, hidden, m, tile, block, out);
   if (waits) wait_for_before();
   waits = false;
-  float *y = c.y + (tile.token + out.token()) * c.y_stride + m.row;
+  float *y = c.y + (tile.token + out.token()) * c.y_stride + m.row, before[out.steps][2];
 #pragma unroll
-  for (int i = 0; i < 2 * out.steps; i++) {
-    int64_t row = block * BLOCK + out.row(i / 2) + i % 2;
-    if (there && row < m.rows)
-      y[row] = gain[i / 2][i % 2] * y[row] + out.y[i / 2][i % 2] + out.constant[i / 2][i % 2];
+  for (int i = 0; i < 4 * out.steps; i++) {  // first all are on their way
+    int k = i % (2 * out.steps);
+    int64_t row = block * BLOCK + out.row(k / 2) + k % 2;
+    float &old = before[k / 2][k % 2];
+    if (!there || row >= m.rows) continue;
+    if (i < 2 * out.steps)
+      old = y[row];
+    else
+      y[row] = gain[k / 2][k % 2] * old + out.y[k / 2][k % 2] + out.constant[k / 2][k % 2];
   }
 }
 

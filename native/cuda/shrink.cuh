@@ -46,7 +46,7 @@ __device__ inline int blocks_of_columns(const input &in) { return int((in.cols +
 template <weight_kind kind, bool waits>
 __device__ void multiply_panel(const factor &v, int64_t rank_piece, const input &in, int begin, int end, int step,
                                float sums[4]) {
-  constexpr int together = 8 / piece_codes<kind>::vectors;
+  constexpr int together = kind == weight_kind::bf16 ? 2 : 4;
   int lane = threadIdx.x % warp_size;
   int64_t first_piece = piece_of(v, rank_piece, 0);
   const __nv_bfloat16 *x = in.x + min(lane / 4, in.tokens - 1) * in.stride + lane % 4 * 16;
@@ -54,27 +54,29 @@ __device__ void multiply_panel(const factor &v, int64_t rank_piece, const input 
   for (int first = begin; first < end; first += step * together) {
     piece_codes<kind> codes[together];
     float scales[together][2];
+    uint4 values[together][2];
 #pragma unroll
     for (int i = 0; i < together; i++) {
       int64_t piece = first_piece + min(first + i * step, end - 1);
       codes[i].load(v, piece);
       for (int h = 0; h < 2; h++)
-        scales[i][h] = kind == weight_kind::bf16 ? 1.f : v.scales[piece * panel_ranks + lane / 4 + 8 * h];
+        scales[i][h] = first + i * step >= end        ? 0.f
+                       : kind == weight_kind::bf16 ? 1.f
+                                                   : v.scales[piece * panel_ranks + lane / 4 + 8 * h];
     }
     if (still_waits) wait_for_before();
     still_waits = false;
 #pragma unroll
+    for (int i = 0; i < 2 * together; i++)
+      values[i / 2][i % 2] = reinterpret_cast<const uint4 *>(x + min(first + i / 2 * step, end - 1) * BLOCK)[i % 2];
+#pragma unroll
     for (int i = 0; i < together; i++) {
-      int block = first + i * step;
-      if (block >= end) break;
-      uint4 values[2];
-      for (int h = 0; h < 2; h++) values[h] = reinterpret_cast<const uint4 *>(x + block * BLOCK)[h];
       float c[4] = {};
 #pragma unroll
       for (int s = 0; s < 4; s++) {
         uint32_t a[4];
         codes[i].step(s, a);
-        multiply_add(c, a, word_of(values[s / 2], s % 2 * 2), word_of(values[s / 2], s % 2 * 2 + 1));
+        multiply_add(c, a, word_of(values[i][s / 2], s % 2 * 2), word_of(values[i][s / 2], s % 2 * 2 + 1));
       }
 #pragma unroll
       for (int k = 0; k < 4; k++) sums[k] += scales[i][k / 2] * c[k];
