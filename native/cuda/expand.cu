@@ -29,53 +29,6 @@ __device__ void expand_block(const adapter_call &c, const member &m, const token
   }
 }
 
-// What most tokens of a large batch have: one adapter with one low-rank term there, no vectors of outputs but e.
-struct lone_term {
-  bool there;
-  int width;
-  const float *hidden, *e;
-  factor u;
-
-  __device__ lone_term(const adapter_call &c, const member &m, const token_tile &tile) : there(false) {
-    if (tile.n != 1) return;
-    const attachment &what = tile.head.attachments[m.target];
-    const term &t = what.first;
-    there = what.acts && what.n_terms == 1 && !what.g_out && !what.c && !m.bias && t.kind == ADRT_LOW_RANK &&
-            !t.identity && !m.elsewhere.is(t) && tile.n_tokens == 1;
-    if (!there) return;
-    width = int(t.width), e = t.e, u = t.u;
-    hidden = c.hidden + hidden_start(c, tile.head, m, t) + (tile.token - tile.head.token) * t.width;
-  }
-};
-
-// The same as expand_block for all blocks of a run, with what they share read once.
-template <weight_kind kind>
-__device__ void expand_run(const lone_term &t, float *y, int64_t rows, int64_t first, int64_t end) {
-  using lane = lane_outputs<true>;
-  int ranks = (t.width + panel_ranks - 1) / panel_ranks;
-  hidden_values hidden = {t.hidden, t.width, 1};
-  lane_ranks values;
-  values.load(hidden, 0, 0);
-#pragma unroll 2
-  for (int64_t block = first; block < end; block++) {
-    float c[1][4] = {}, old[2], e[1][2];
-    int64_t row = block * BLOCK + lane::row(0);
-    load_vector_of<true>(t.e, block, rows, 1.f, e);
-    for (int i = 0; i < 2; i++) old[i] = row + i < rows ? y[row + i] : 0.f;
-    for (int r = 0; r < ranks; r++) {
-      int64_t piece = block * ranks + r;
-      piece_codes<kind> codes;
-      codes.load(t.u, piece);
-      if (ranks > 1) values.load(hidden, 0, r * panel_ranks);
-      uint32_t b[2];
-      values.template column<kind>(t.u.scales + piece * panel_ranks, b);
-      multiply_piece<kind, true>(codes, b, c);
-    }
-    for (int i = 0; i < 2; i++)
-      if (row + i < rows) y[row + i] = old[i] + e[0][i] * (c[0][2 * i] + c[0][2 * i + 1]);
-  }
-}
-
 __host__ __device__ inline int64_t runs_of(const member &m, int run) {
   return (m.rows + BLOCK * run - 1) / (BLOCK * run);
 }
@@ -94,7 +47,7 @@ __global__ void __launch_bounds__(threads) expand(const __grid_constant__ adapte
   const member &m = c.members[i];
   int64_t blocks = min(int64_t(run), (m.rows + BLOCK - 1) / BLOCK - at * run);
   if constexpr (single) {
-    lone_term t(c, m, tile);
+    lone_term t(c, c.hidden, m, tile);
     wait_for_before();
     if (t.there) {
       float *y = c.y + tile.token * c.y_stride + m.row;

@@ -12,18 +12,9 @@ namespace {
 constexpr int warps = 4, threads = warps * warp_size, blocks_beside = 5;
 constexpr int part_floats = shrink_tokens * panel_ranks;
 
-// Brings the attachments to the L2, all at once.
-__device__ void prefetch_attachments(const ride_call &ride) {
-  int n_members = ride.call.n_members;
-  if (int(threadIdx.x) >= ride.n_shrink_tiles * n_members) return;
-  const application &a = ride.shrink_tiles[threadIdx.x / n_members].head;
-  const uint8_t *at = reinterpret_cast<const uint8_t *>(a.attachments + ride.call.members[threadIdx.x % n_members].target);
-  for (size_t i = 0; i < sizeof(attachment); i += 64) asm volatile("prefetch.global.L2 [%0];" ::"l"(at + i));
-}
-
 // ---- shrink: a piece of hidden, a part of its columns ----
 
-__device__ void shrink_unit(const ride_call &ride, int unit) {
+__device__ void shrink_unit(const ride_call &ride, int unit, uint32_t launch) {
   __shared__ float parts[warps][part_floats];
   const adapter_call &c = ride.call;
   int split = unit % ride.splits, lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size;
@@ -42,45 +33,57 @@ __device__ void shrink_unit(const ride_call &ride, int unit) {
   float sum = 0;
   for (int w = 0; w < warps; w++) sum += parts[w][threadIdx.x];
   static_assert(part_floats == threads, "a value a thread");
-  ride.parts[int64_t(unit) * part_floats + threadIdx.x] = sum;
-  __syncthreads();
-}
-
-// ---- the blocks of threads meet ----
-
-// Every block has done its part before it waits for others, so they need not all run at once.
-__device__ void meet(const ride_call &ride) {
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    atomicAdd(ride.blocks_done, 1u);
-    uint32_t done = 0;
-    while (done < gridDim.x)
-      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(done) : "l"(ride.blocks_done) : "memory");
-    if (atomicAdd(ride.blocks_left, 1u) == gridDim.x - 1) *ride.blocks_done = 0, *ride.blocks_left = 0;
-  }
+  // In one store, so that who sees the launch's number sees the sum.
+  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(ride.parts + unit * part_floats + threadIdx.x),
+               "r"(__float_as_uint(sum)), "r"(launch)
+               : "memory");
   __syncthreads();
 }
 
 // ---- hidden, as shrink leaves it, in shared memory ----
 
-__device__ void gather_hidden(const ride_call &ride, float *hidden) {
-  const adapter_call &c = ride.call;
-  int pieces = ride.n_shrink_tiles * ride.chunks;
-  for (int i = threadIdx.x; i < pieces * part_floats; i += threads) {
-    int piece = i / part_floats, token = i % part_floats / panel_ranks, r = i % panel_ranks;
-    const token_tile &tile = ride.shrink_tiles[piece / ride.chunks];
-    shrink_place at;
-    if (token >= tile.n_tokens || !find_place(c, tile.head, piece % ride.chunks, at)) continue;
-    const term &t = *at.t;
-    if (at.row + r >= t.width) continue;
-    const float *parts = ride.parts + int64_t(piece) * ride.splits * part_floats + i % part_floats;
-    float sum = 0;
-#pragma unroll 8
-    for (int split = 0; split < ride.splits; split++) sum += parts[split * part_floats];
-    int64_t to = at.hidden + (tile.token - tile.head.token + token) * t.width + at.row + r;
-    hidden[to] = sum * (t.d ? t.scale * t.d[at.row + r] : t.scale);
-  }
+// Where a value of hidden comes from and goes to.
+struct hidden_value {
+  const uint2 *parts;  // or NULL
+  int to;
+  float scale;
+};
+
+__device__ hidden_value find_value(const ride_call &ride, int i) {
+  int piece = i / part_floats, token = i % part_floats / panel_ranks, r = i % panel_ranks;
+  if (piece >= ride.n_shrink_tiles * ride.chunks) return {};
+  const token_tile &tile = ride.shrink_tiles[piece / ride.chunks];
+  shrink_place at;
+  if (token >= tile.n_tokens || !find_place(ride.call, tile.head, piece % ride.chunks, at)) return {};
+  const term &t = *at.t;
+  if (at.row + r >= t.width) return {};
+  int64_t to = at.hidden + (tile.token - tile.head.token + token) * t.width + at.row + r;
+  return {ride.parts + piece * ride.splits * part_floats + i % part_floats, int(to),
+          t.d ? t.scale * t.d[at.row + r] : t.scale};
+}
+
+// A part, once it is there. Every block of threads has left its own parts before it waits for others'.
+__device__ float await_part(const uint2 *part, uint32_t launch) {
+  uint2 v;
+  do {
+    asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(part) : "memory");
+  } while (v.y != launch);
+  return __uint_as_float(v.x);
+}
+
+__device__ void gather_value(const ride_call &ride, const hidden_value &value, uint32_t launch, float *hidden) {
+  if (!value.parts) return;
+  float sum = 0;
+  for (int split = 0; split < ride.splits; split++) sum += await_part(value.parts + split * part_floats, launch);
+  hidden[value.to] = sum * value.scale;
+}
+
+// `first` is this thread's first value, found before.
+__device__ __noinline__ void gather_hidden(const ride_call &ride, const hidden_value &first, uint32_t launch,
+                                           float *hidden) {
+  gather_value(ride, first, launch, hidden);
+  for (int i = threadIdx.x + threads; i < ride.n_shrink_tiles * ride.chunks * part_floats; i += threads)
+    gather_value(ride, find_value(ride, i), launch, hidden);
   __syncthreads();
 }
 
@@ -129,43 +132,90 @@ __device__ void expand_beside(const adapter_call &c, const float *hidden, const 
   }
 }
 
-__device__ int64_t output_blocks(const member &m) { return (m.rows + BLOCK - 1) / BLOCK; }
+// A warp's share of blocks of outputs and tiles; neighbours are in other blocks of threads.
+struct output_place {
+  const member *m;  // or NULL
+  const token_tile *tile;
+  int block;
 
-// `call(member, tile, block of outputs)` for this warp's share of them.
-template <typename callable>
-__device__ void for_each_output_block(const ride_call &ride, const callable &call) {
-  const adapter_call &c = ride.call;
-  int64_t at = blockIdx.x + int64_t(threadIdx.x / warp_size) * gridDim.x;  // neighbours in other blocks of threads
-  for (int i = 0; i < c.n_members; i++) {
-    int64_t blocks = output_blocks(c.members[i]), all = blocks * c.n_tiles;
-    for (; at < all; at += int64_t(warps) * gridDim.x) call(c.members[i], c.tiles[at / blocks], at % blocks);
-    at -= all;
+  __device__ output_place(const adapter_call &c, int n) : m(nullptr) {
+    for (int i = 0; i < c.n_members; i++) {
+      int blocks = int((c.members[i].rows + BLOCK - 1) / BLOCK), all = blocks * c.n_tiles;
+      if (n < all) {
+        m = c.members + i, tile = c.tiles + n / blocks, block = n % blocks;
+        return;
+      }
+      n -= all;
+    }
   }
+};
+
+// The warp's first block of outputs: all that does not need hidden values or y is read before they are there.
+template <weight_kind kind, typename callable>
+__device__ void expand_lone(const lone_term &t, const output_place &at, float *y, const callable &gather) {
+  using lane = lane_outputs<true>;
+  int ranks = (t.width + panel_ranks - 1) / panel_ranks, row = at.block * BLOCK + lane::row(0), rows = int(at.m->rows);
+  int64_t piece = int64_t(at.block) * ranks;
+  float e[1][2], c[1][4] = {}, old[2];
+  piece_codes<kind> codes;
+  codes.load(t.u, piece);
+  load_vector_of<true>(t.e, at.block, rows, 1.f, e);
+  gather();
+  for (int r = 0; r < ranks; r++) {
+    lane_ranks values;
+    values.load({t.hidden, t.width, 1}, 0, r * panel_ranks);
+    uint32_t b[2];
+    values.template column<kind>(t.u.scales + (piece + r) * panel_ranks, b);
+    multiply_piece<kind, true>(codes, b, c);
+    if (r + 1 < ranks) codes.load(t.u, piece + r + 1);
+  }
+  wait_for_before();
+  for (int i = 0; i < 2; i++) old[i] = row + i < rows ? y[row + i] : 0.f;
+  for (int i = 0; i < 2; i++)
+    if (row + i < rows) y[row + i] = old[i] + e[0][i] * (c[0][2 * i] + c[0][2 * i + 1]);
+}
+
+// Ends a launch: the last block of threads gives the next one another number.
+__device__ void count_block(const ride_call &ride) {
+  if (threadIdx.x || atomicAdd(ride.blocks_left, 1u) != gridDim.x - 1) return;
+  *ride.blocks_left = 0;
+  *ride.launches += 1;
 }
 
 template <bool single>
 __global__ void __launch_bounds__(threads, blocks_beside) ride_beside(const __grid_constant__ ride_call ride) {
   __shared__ float hidden[most_hidden_to_ride];
-  prefetch_attachments(ride);
+  const adapter_call &c = ride.call;
+  uint32_t launch = *ride.launches + 1;
+  hidden_value value = find_value(ride, threadIdx.x);
   for (int unit = blockIdx.x; unit < ride.n_shrink_tiles * ride.chunks * ride.splits; unit += gridDim.x)
-    shrink_unit(ride, unit);
-  for_each_output_block(ride, [&](const member &m, const token_tile &tile, int64_t block) {
-    prefetch_first(m, tile, block, 1);
-  });
-  meet(ride);
-  let_next_kernel_start();  // all blocks have a place
-  gather_hidden(ride, hidden);
-  bool waits = true;
-  for_each_output_block(ride, [&](const member &m, const token_tile &tile, int64_t block) {
-    expand_beside<single>(ride.call, hidden, m, tile, block, waits);
-  });
+    shrink_unit(ride, unit, launch);
+  auto gather = [&] {
+    gather_hidden(ride, value, launch, hidden);
+    let_next_kernel_start();
+  };
+  int n = blockIdx.x + threadIdx.x / warp_size * gridDim.x;
+  bool waits = true, gathers = true;
+  if (output_place at(c, n); single && at.m) {
+    lone_term t(c, hidden, *at.m, *at.tile);
+    if (t.there) {
+      float *y = c.y + at.tile->token * c.y_stride + at.m->row;
+      with_kind(t.u.dtype, [&](auto kind) { expand_lone<decltype(kind)::value>(t, at, y, gather); });
+      waits = gathers = false;
+      n += warps * gridDim.x;
+    }
+  }
+  if (gathers) gather();
+  for (output_place at(c, n); at.m; at = output_place(c, n += warps * gridDim.x))
+    expand_beside<single>(c, hidden, *at.m, *at.tile, at.block, waits);
   if (waits) wait_for_kernel_before();
+  count_block(ride);
 }
 
 }  // namespace
 
 size_t ride_bytes(int multiprocessors) {
-  return size_t(multiprocessors) * part_floats * sizeof(float) + 2 * sizeof(uint32_t);
+  return size_t(multiprocessors) * part_floats * sizeof(uint2) + 2 * sizeof(uint32_t);
 }
 
 bool plan_ride(ride_call &ride, int64_t hidden_floats, uint8_t *memory, int multiprocessors) {
@@ -174,9 +224,9 @@ bool plan_ride(ride_call &ride, int64_t hidden_floats, uint8_t *memory, int mult
   if (pieces > multiprocessors || hidden_floats > most_hidden_to_ride) return false;
   int useful = std::min(most_splits, int((ride.call.cols + BLOCK * enough_blocks - 1) / (BLOCK * enough_blocks)));
   ride.splits = std::min(useful, multiprocessors / pieces);
-  ride.parts = reinterpret_cast<float *>(memory);
-  ride.blocks_done = reinterpret_cast<uint32_t *>(ride.parts + multiprocessors * part_floats);
-  ride.blocks_left = ride.blocks_done + 1;
+  ride.parts = reinterpret_cast<uint2 *>(memory);
+  ride.launches = reinterpret_cast<uint32_t *>(ride.parts + multiprocessors * part_floats);
+  ride.blocks_left = ride.launches + 1;
   return true;
 }
 

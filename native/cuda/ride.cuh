@@ -12,12 +12,12 @@ struct ride_call {
   int n_shrink_tiles;
   int chunks;         // the most pieces of hidden that an application has
   int splits;         // parts of the columns
-  float *parts;       // [shrink tiles, chunks, splits, shrink_tokens, 16]
-  uint32_t *blocks_done, *blocks_left;  // zero, and left so
+  uint2 *parts;       // [shrink tiles, chunks, splits, shrink_tokens, 16]: a sum, and the number of the launch
+  uint32_t *launches, *blocks_left;  // counted; the second is left as zero
 };
 
 constexpr int64_t most_hidden_to_ride = 3072;  // floats of all applications: every block of threads has them
-// Memory for `parts` and then the counts, which start as zero.
+// Memory for `parts` and the counts, which starts as zero.
 size_t ride_bytes(int multiprocessors);
 // Fills in what depends on the sizes and `memory`; false when it is too much to ride.
 bool plan_ride(ride_call &ride, int64_t hidden_floats, uint8_t *memory, int multiprocessors);
