@@ -251,6 +251,32 @@ def test_term(name: str) -> None:
 
 
 @needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cols", [64, 1088])
+def test_adapters_beside_the_product(cols: int, dtype: str) -> None:
+    """Few tokens with an adapter or none, on two layers with one input: steps that repeat and change."""
+    tensors: dict[str, Any] = {}
+    weight("w", 128, cols, "nf4", tensors)
+    weight("v", 128, cols, "nf4", tensors, seed=2)
+    ops = [Linear("y", "x", "w", None, "w"), Linear("z", "x", "v", None, "v"), Add("z", "y", "z")]
+    model = probe(ops, "z", {"x": cols, "y": 128, "z": 128}, tensors)
+    first = plain(16, 128, cols, 1, dtype, dtype)
+    adapters: list[LoweredAdapter] = [
+        {"w": Lowered((first,)), "v": Lowered((replace(first, d=random(5, 16), e=random(6, 128)),))},
+        {"v": Lowered((plain(33, 128, cols, 7, dtype, dtype),), g_out=random(8, 128))},
+        {"w": Lowered((plain(1, 128, cols, 9, dtype, dtype),)), "v": Lowered(g_out=random(10, 128))},
+    ]
+    batches = [(0,), (1, 0), (None, 2, 0, 1, 2, None, 1, 0), (2,)]
+    ours, theirs = load(model), reference(model)
+    for executable in (ours, theirs):
+        executable.reserve(8)
+        assert [executable.attach(one) for one in adapters] == [0, 1, 2]
+    for chosen in batches * 3:
+        runs = [Run([3 + i], 0, [i], () if a is None else (a,)) for i, a in enumerate(chosen)]
+        assert_close(ours.step(batch(runs)), theirs.step(batch(runs)))
+
+
+@needs_gpu
 @pytest.mark.parametrize("dtype", ["bf16", "nf4"])
 def test_adapters_of_a_large_head(dtype: str) -> None:
     """More outputs than all warps of a GPU have tiles: some tiles are one warp's alone."""

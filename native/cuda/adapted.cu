@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "panels.cuh"
+
 namespace adaptrt {
 namespace {
 
@@ -69,11 +71,19 @@ adapter_call adapted_members::describe(const adrt_executable &e) const {
 bool adapted_members::can_ride(const adrt_executable &e, const adapter_call &call, const packed_matrix &product,
                                ride_call &ride) const {
   const segment_plan &s = segments(e);
-  if (!chunks(e) || !next_sees_input(e.products.context, product, tokens(e))) return false;
-  for (const product_member &m : members_)
-    if (acts(e, m.target) && (!acting(e, m).plain || maps_input(e, m) || has_common(e, m))) return false;
-  ride = {call, s.device_shrink_tiles, int(s.shrink_tiles.size()), int(chunks(e))};
-  return plan_ride(ride, s.hidden_rows * call.hidden_width, e.riding.bytes(), e.multiprocessors);
+  if (!chunks(e) || !s.single || s.stacked || !next_sees_input(e.products.context, product, tokens(e))) return false;
+  int32_t dtype = -1;
+  int64_t width = 0;
+  for (const product_member &m : members_) {
+    if (m.bias) return false;
+    if (!acts(e, m.target)) continue;
+    const host_attachment &a = acting(e, m);
+    if (!a.lone || a.maps_input || has_common(e, m) || (dtype >= 0 && a.dtype >= 0 && a.dtype != dtype)) return false;
+    dtype = std::max(dtype, a.dtype);
+    width = std::max(width, a.width);
+  }
+  ride = {call, panel_kind(dtype), int(shrink_chunks(width))};
+  return plan_ride(ride, e.riding.bytes(), e.multiprocessors);
 }
 
 // V x of the terms in common, once a V.

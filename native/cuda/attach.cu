@@ -57,6 +57,10 @@ class attaching {
     host.more_terms = std::max(0, in.n_terms - 1);
     host.maps_input = (in.g_in || in.rotation) && point.kind != ADRT_EMBED;
     host.alone = host.v && in.n_terms == 1 && !in.g_out && !in.c;
+    const term *only = in.n_terms == 1 ? &terms_.back() : nullptr;
+    bool low_rank = only && only->kind == ADRT_LOW_RANK && !only->identity && only->u.dtype == only->v.dtype;
+    host.lone = (low_rank || !in.n_terms) && !in.c;
+    host.dtype = low_rank ? only->u.dtype : -1;
   }
 
   std::unique_ptr<adapter> finish() {
@@ -87,7 +91,6 @@ class attaching {
     term t = {in.kind, false, in.scale, point.out, host.width};
     if (in.kind == ADRT_SPARSE) {
       int64_t rows = point.kind == ADRT_EMBED ? point.inner : point.out;
-      host.plain = false;
       t.row_start = vectors_.add(in.row_start, rows + 1);
       t.columns = vectors_.add(in.columns, in.n_values);
       t.values = vectors_.add(in.values, in.n_values);
@@ -100,7 +103,6 @@ class attaching {
       shared_factor *v = share(in.v, v_form), *u = t.identity ? nullptr : share(in.u, u_form);
       t.v = v->f;
       if (u) t.u = u->f;
-      host.plain = host.plain && !kronecker;
       bool first = first_terms_.back().second == terms_.size();
       if (first && u && !kronecker && t.width <= widest_shared) host.v = v, host.u = u;
       t.d = vectors_.add(in.d, kronecker ? 0 : t.width);

@@ -67,7 +67,9 @@ struct host_attachment {
   // such pair, and whether there is nothing but this.
   shared_factor *v = nullptr, *u = nullptr;
   bool alone = false;
-  bool plain = true;  // all terms are low-rank
+  // Whether it is one low-rank term with a U, and at most a gain, all factors of the same dtype here.
+  bool lone = false;
+  int32_t dtype = 0;
 };
 
 struct adapter {

@@ -7,7 +7,7 @@ namespace adaptrt {
 namespace {
 
 constexpr int warps = 4, threads = warps * warp_size;
-constexpr int most_blocks_of_warp = 8;
+constexpr int most_blocks_of_warp = 16;
 constexpr int warps_together = 28;  // of a multiprocessor
 
 template <bool single>

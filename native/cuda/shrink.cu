@@ -54,7 +54,7 @@ __device__ void shrink_other(const term &t, int64_t row, const input &in, float 
 }
 
 // One block a piece of hidden and tile of tokens.
-__global__ void __launch_bounds__(most_warps *warp_size) shrink(const __grid_constant__ adapter_call c) {
+__global__ void __maxnreg__(80) shrink(const __grid_constant__ adapter_call c) {
   const token_tile &tile = c.tiles[blockIdx.y];
   const application &a = tile.head;
   shrink_place at;
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(most_warps *warp_size) shrink(const __grid_con
 
 // As many warps a block as all blocks can have at once.
 int warps_for(int64_t blocks, int multiprocessors) {
-  return blocks <= multiprocessors ? 16 : blocks <= 2 * multiprocessors ? 8 : 4;
+  return blocks <= multiprocessors ? 16 : blocks <= 3 * multiprocessors ? 8 : 4;
 }
 
 }  // namespace

@@ -73,7 +73,7 @@ class product_stage : public stage {
     ride_call ride;
     if (members_.can_ride(e, call, all_, ride)) {
       product(e, all_, call, call.x, 0);
-      launch_ride(e.queue(), ride, members_.segments(e).single, e.multiprocessors);
+      launch_ride(e.queue(), ride, e.multiprocessors);
     } else {
       extend_call left = members_.before(e, call);  // the product fills its pipeline with weights meanwhile
       multiply(e, call);
