@@ -306,6 +306,10 @@ def test_many_adapters_in_one_batch() -> None:
     ]
     runs = [Run([i % VOCABULARY], stack=(i,)) for i in range(100)]
     compare_stacks(adapted_model(), adapters, runs, TOLERANCE)
+    alike = linear_model(OUT, IN, "nf4")
+    compare_stacks(alike, adapters, runs, TOLERANCE)
+    gained = [{"w": replace(one["w"], g_out=random(i, OUT))} for i, one in enumerate(adapters[:20])]
+    compare_stacks(alike, gained, runs[:20], TOLERANCE)
     runs = [Run([i % VOCABULARY] * (1 + i % 3), stack=(0,) * (i % 3)) for i in range(50)]
     compare_stacks(adapted_model(), adapters, runs, TOLERANCE)
 

@@ -21,7 +21,7 @@ __device__ void expand_block(const adapter_call &c, const member &m, const token
     int64_t row = block * BLOCK + out.row(i / 2) + i % 2;
     out.y[i / 2][i % 2] = there && row < m.rows ? y[row] : 0.f;
   }
-  apply_stack(c, c.hidden, m, tile, block, out);
+  apply_stack(c, m, tile, block, out);
 #pragma unroll
   for (int i = 0; i < 2 * out.steps; i++) {
     int64_t row = block * BLOCK + out.row(i / 2) + i % 2;
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(threads) expand(const __grid_constant__ adapte
   const member &m = c.members[i];
   int64_t blocks = min(int64_t(run), (m.rows + BLOCK - 1) / BLOCK - at * run);
   if constexpr (single) {
-    lone_term t(c, c.hidden, m, tile);
+    lone_term t(c, m, tile);
     wait_for_before();
     if (t.there) {
       float *y = c.y + tile.token * c.y_stride + m.row;

@@ -156,10 +156,10 @@ __device__ void apply_vectors(const attachment &what, int64_t block, int64_t row
   }
 }
 
-// The stack of a tile, in its order; `hidden` is as c.hidden.
+// The stack of a tile, in its order.
 template <bool single>
-__device__ void apply_stack(const adapter_call &c, const float *all_hidden, const member &m, const token_tile &tile,
-                            int64_t block, lane_outputs<single> &out) {
+__device__ void apply_stack(const adapter_call &c, const member &m, const token_tile &tile, int64_t block,
+                            lane_outputs<single> &out) {
   for (int i = 0; i < tile.n; i++) {
     const application &a = application_of(c.applications, tile, i);
     const attachment &what = a.attachments[m.target];
@@ -167,34 +167,33 @@ __device__ void apply_stack(const adapter_call &c, const float *all_hidden, cons
     for (int k = 0; k < what.n_terms; k++) {
       const term &t = term_of(what, k);
       if (is_elsewhere(m, a, k, t)) continue;
-      const float *hidden = all_hidden + hidden_start(c, a, m, t) + (tile.token - a.token) * t.width;
+      const float *hidden = c.hidden + hidden_start(c, a, m, t) + (tile.token - a.token) * t.width;
       add_term(t, {hidden, t.width, tile.n_tokens}, block, m.rows, out);
     }
     apply_vectors(what, block, m.rows, out);
   }
 }
 
-// What most tokens have: one adapter with one low-rank term there, no vectors of outputs but e.
+// What most tokens have: one adapter with one low-rank term there, at most a gain, no constants.
 struct lone_term {
   bool there;
   int width;
-  const float *hidden, *e;
+  const float *hidden, *e, *g_out;
   factor u;
 
-  __device__ lone_term(const adapter_call &c, const float *all_hidden, const member &m, const token_tile &tile)
-      : there(false) {
+  __device__ lone_term(const adapter_call &c, const member &m, const token_tile &tile) : there(false) {
     if (tile.n != 1) return;
     const attachment &what = tile.head.attachments[m.target];
     const term &t = what.first;
-    there = what.acts && what.n_terms == 1 && !what.g_out && !what.c && !m.bias && t.kind == ADRT_LOW_RANK &&
+    there = what.acts && what.n_terms == 1 && !what.c && !m.bias && t.kind == ADRT_LOW_RANK &&
             !t.identity && !m.elsewhere.is(t) && tile.n_tokens == 1;
     if (!there) return;
-    width = int(t.width), e = t.e, u = t.u;
-    hidden = all_hidden + hidden_start(c, tile.head, m, t) + (tile.token - tile.head.token) * t.width;
+    width = int(t.width), e = t.e, g_out = what.g_out, u = t.u;
+    hidden = c.hidden + hidden_start(c, tile.head, m, t) + (tile.token - tile.head.token) * t.width;
   }
 };
 
-// y += e * U hidden for the outputs of some blocks.
+// y = g_out * (y + e * U hidden) for the outputs of some blocks.
 template <weight_kind kind>
 __device__ void expand_run(const lone_term &t, float *y, int64_t rows, int64_t first, int64_t end) {
   using lane = lane_outputs<true>;
@@ -204,9 +203,10 @@ __device__ void expand_run(const lone_term &t, float *y, int64_t rows, int64_t f
   values.load(hidden, 0, 0);
 #pragma unroll 2
   for (int64_t block = first; block < end; block++) {
-    float c[1][4] = {}, old[2], e[1][2];
+    float c[1][4] = {}, old[2], e[1][2], gain[1][2];
     int64_t row = block * BLOCK + lane::row(0);
     load_vector_of<true>(t.e, block, rows, 1.f, e);
+    load_vector_of<true>(t.g_out, block, rows, 1.f, gain);
     for (int i = 0; i < 2; i++) old[i] = row + i < rows ? y[row + i] : 0.f;
     for (int r = 0; r < ranks; r++) {
       int64_t piece = block * ranks + r;
@@ -218,18 +218,8 @@ __device__ void expand_run(const lone_term &t, float *y, int64_t rows, int64_t f
       multiply_piece<kind, true>(codes, b, c);
     }
     for (int i = 0; i < 2; i++)
-      if (row + i < rows) y[row + i] = old[i] + e[0][i] * (c[0][2 * i] + c[0][2 * i + 1]);
+      if (row + i < rows) y[row + i] = gain[0][i] * (old[i] + e[0][i] * (c[0][2 * i] + c[0][2 * i + 1]));
   }
-}
-
-// The part of the first term's U that a warp reads.
-__device__ inline void prefetch_first(const member &m, const token_tile &tile, int64_t block, int64_t blocks) {
-  if (!tile.n) return;
-  const attachment &what = tile.head.attachments[m.target];
-  const term &t = what.first;
-  if (!what.acts || !what.n_terms || t.kind != ADRT_LOW_RANK || t.identity || m.elsewhere.is(t)) return;
-  int64_t bytes = rank_pieces(t.u) * tile_bytes(panel_kind(t.u.dtype));
-  prefetch(t.u.data + block * bytes, blocks * bytes);
 }
 
 }  // namespace adaptrt

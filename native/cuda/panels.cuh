@@ -85,13 +85,6 @@ __device__ inline void multiply_add(float c[4], const uint32_t a[4], uint32_t b0
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Brings bytes to the L2 while the kernel before still runs; the lanes of a warp together.
-__device__ inline void prefetch(const uint8_t *data, int64_t bytes) {
-  constexpr int line = 128;
-  for (int64_t i = threadIdx.x % 32 * line; i < bytes; i += 32 * line)
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(data + i));
-}
-
 // Calls `call` with the kind of a factor's values as a constant.
 template <typename callable>
 __device__ inline void with_kind(int32_t dtype, const callable &call) {
