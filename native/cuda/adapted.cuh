@@ -28,7 +28,8 @@ class adapted_members {
   // x and y are the caller's to fill in.
   adapter_call describe(const adrt_executable &e) const;
   // Whether `product` takes all adapters along in one launch beside it, `ride`.
-  bool can_ride(const adrt_executable &e, const adapter_call &call, const packed_matrix &product, ride_call &ride) const;
+  bool can_ride(const adrt_executable &e, const adapter_call &call, const packed_matrix &product,
+                ride_call &ride) const;
   // What needs no product: V x. The result says what is left.
   extend_call before(adrt_executable &e, const adapter_call &call) const;
   void after(adrt_executable &e, const adapter_call &call, const extend_call &left) const;

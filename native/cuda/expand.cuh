@@ -6,10 +6,10 @@
 
 namespace adaptrt {
 
-// A warp does 64 outputs at a time for a tile of tokens, on tensor cores: 16 outputs by 16 ranks times the hidden values
-// of 16 ranks in 8 columns. A column has the upper or the lower half of a token's values as bfloat16, whose sum is exact
-// enough. With four tokens the columns are theirs, and lane 4g + t has outputs 2g and 2g + 1 of all four steps for token
-// t. With one token the columns are those of the steps, so that the lane has two outputs of step t.
+// A warp does 64 outputs at a time for a tile of tokens, on tensor cores: 16 outputs by 16 ranks times the hidden
+// values of 16 ranks in 8 columns. A column has the upper or the lower half of a token's values as bfloat16, whose sum
+// is exact enough. With four tokens the columns are theirs, and lane 4g + t has outputs 2g and 2g + 1 of all four steps
+// for token t. With one token the columns are those of the steps, so that the lane has two outputs of step t.
 template <bool single>
 struct lane_outputs {
   static constexpr int steps = single ? 1 : 4;

@@ -135,7 +135,8 @@ __global__ void __launch_bounds__(threads) pack_panels(const stored_factor s, co
     int64_t r[2], c[2];
     for (int odd = 0; odd < 2; odd++) {
       r[odd] = rank + (v ? lane / 4 + reg % 2 * 8 : lane % 4 * 2 + reg / 2 * 8 + odd);
-      c[odd] = block * BLOCK + (v ? lane % 4 * 16 + tile_step * 4 + reg / 2 * 2 + odd : tile_step * 16 + lane / 4 * 2 + reg % 2);
+      c[odd] = block * BLOCK + (v ? lane % 4 * 16 + tile_step * 4 + reg / 2 * 2 + odd
+                                  : tile_step * 16 + lane / 4 * 2 + reg % 2);
     }
     weight_kind kind = panel_kind(to.dtype);
     uint8_t *data = const_cast<uint8_t *>(to.data) + piece * tile_bytes(kind);

@@ -1,8 +1,8 @@
-// Adapters of few tokens, in one launch beside the product: V x, then U h, then both into the product's output once that
-// is there. It may start when the product has seen its input, and ends after it.
+// Adapters of few tokens, in one launch beside the product: V x, then U h, then that into the product's output once
+// this is there. It may start when the product has seen its input, and ends after it.
 //
-// For what is usual then: each token has one adapter or none, with one low-rank term and at most a gain, and all factors
-// are of one kind. The kernel has to be short: at this length fetching its instructions counts.
+// For what is usual then: each token has one adapter or none, with one low-rank term and at most a gain, and all
+// factors are of one kind. The kernel has to be short: at this length fetching its instructions counts.
 #ifndef ADAPTRT_CUDA_RIDE_CUH
 #define ADAPTRT_CUDA_RIDE_CUH
 #include "adapters.cuh"

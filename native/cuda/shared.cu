@@ -7,9 +7,9 @@
 namespace adaptrt {
 namespace {
 
-// Both kernels have tiles of 32 rows (of a factor) by 32 tokens a warp, and read their operands as they lie in memory: a
-// lane takes 16 bytes, 8 columns, of a row, which are the operands of two products of 16 columns. Which columns these
-// are does not matter as long as both sides have the same.
+// Both kernels have tiles of 32 rows (of a factor) by 32 tokens a warp, and read their operands as they lie in memory:
+// a lane takes 16 bytes, 8 columns, of a row, which are the operands of two products of 16 columns. Which columns
+// these are does not matter as long as both sides have the same.
 constexpr int tile = 32, step_cols = 32;
 constexpr int project_warps = 8, extend_warps = 4, extend_rows = extend_warps * tile;
 constexpr int extend_blocks = 3;    // of a multiprocessor
@@ -96,8 +96,9 @@ __device__ float4 load_four(const float *at) { return *reinterpret_cast<const fl
 __device__ uint2 hidden_values(const float4 (&parts)[project_splits], const float4 &d, float scale, int left) {
   float4 sum = {0, 0, 0, 0};
   for (const float4 &part : parts) sum = {sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w};
-  __nv_bfloat162 low = __floats2bfloat162_rn(left > 0 ? scale * d.x * sum.x : 0.f, left > 1 ? scale * d.y * sum.y : 0.f);
-  __nv_bfloat162 high = __floats2bfloat162_rn(left > 2 ? scale * d.z * sum.z : 0.f, left > 3 ? scale * d.w * sum.w : 0.f);
+  float h[4] = {scale * d.x * sum.x, scale * d.y * sum.y, scale * d.z * sum.z, scale * d.w * sum.w};
+  for (int i = 0; i < 4; i++) h[i] = i < left ? h[i] : 0.f;
+  __nv_bfloat162 low = __floats2bfloat162_rn(h[0], h[1]), high = __floats2bfloat162_rn(h[2], h[3]);
   return {*reinterpret_cast<uint32_t *>(&low), *reinterpret_cast<uint32_t *>(&high)};
 }
 

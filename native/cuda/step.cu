@@ -23,8 +23,8 @@ void check_batch(const adrt_executable &e, const adrt_batch &batch) {
 uint64_t hash_of(const std::vector<host_attachment> &all) {
   uint64_t hash = 0xcbf29ce484222325u;
   for (const host_attachment &a : all)
-    for (int64_t v : {int64_t(a.acts), int64_t(a.maps_input), a.width, a.more_terms, int64_t(a.alone), int64_t(a.lone), int64_t(a.dtype), a.v ? a.v->number : 0,
-                      a.u ? a.u->number : 0})
+    for (int64_t v : {int64_t(a.acts), int64_t(a.maps_input), a.width, a.more_terms, int64_t(a.alone), int64_t(a.lone),
+                      int64_t(a.dtype), a.v ? a.v->number : 0, a.u ? a.u->number : 0})
       hash = (hash ^ uint64_t(v)) * 0x100000001b3u;
   return hash;
 }
