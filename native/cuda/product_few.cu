@@ -256,7 +256,6 @@ __device__ void multiply_run(uint8_t *shared, const few_arguments &args, const d
 template <weight_kind kind>
 __global__ void __launch_bounds__(warps_at_most * 32, 1) product_few(const __grid_constant__ few_arguments args) {
   extern __shared__ __align__(1024) uint8_t shared[];
-  let_next_kernel_start();
   division by(args);
   int warp = threadIdx.x / 32, first = by.first_of(warp);
   weight_stream<kind> stream(args, int64_t(by.first_tile) * args.w.col_blocks + first, by.first_of(warp + 1) - first,
@@ -265,6 +264,7 @@ __global__ void __launch_bounds__(warps_at_most * 32, 1) product_few(const __gri
   if constexpr (kind == weight_kind::nf4) fill_pair_table(shared, args.codebook, blockDim.x);
   float unit = decoder<kind>::scaled ? *args.w.unit : 1.f;
   wait_for_kernel_before();
+  let_next_kernel_start();  // not earlier: next_sees_input
   stage_tokens(shared + args.plan.tokens, args);
   __syncthreads();
   multiply_run<kind>(shared, args, by, stream, unit);
