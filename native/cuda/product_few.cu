@@ -2,7 +2,7 @@
 //
 // A block of threads keeps all tokens in shared memory and takes a run of tiles of 16 rows. A tile's blocks of 64
 // columns lie one after another in memory, in chunks of 2 KB, and the chunks of all its tiles are dealt out to the
-// warps evenly, a run to each: a warp loads its run into registers, two chunks ahead, decodes a block at a time and
+// warps evenly, a run to each: a warp loads its run into registers, a chunk or two ahead, decodes a block at a time and
 // multiplies it on tensor cores (16 rows by 8 tokens, once or twice). Warps do not wait for each other until the end,
 // when the sums of tiles that several warps share are added in the order of the columns. Where the tokens are too long
 // for one block's shared memory, a cluster of two or four blocks shares the columns of its tiles.
@@ -11,9 +11,15 @@
 namespace adaptrt {
 namespace {
 
-constexpr int warps_at_most = 16, warps_enough = 8;
+constexpr int warps_enough = 8;
 constexpr int chunk_bytes = 2048, chunk_vectors = chunk_bytes / 512;  // codes; 16-byte loads of a lane
-constexpr int chunks_ahead = 2;
+
+// By the number of products with 8 tokens. Decoding waits for shared memory, and many warps hide that better than many
+// loads of few: of 8, 12, 16, 24 and 32 warps 24 were fastest for one product, 16 for two (H200, in the chain of a step).
+template <int products>
+struct few_shape {
+  static constexpr int warps = products == 1 ? 24 : 16, chunks_ahead = products == 1 ? 1 : 2;
+};
 
 template <weight_kind kind>
 constexpr int chunk_blocks = chunk_bytes / tile_bytes(kind);
@@ -316,8 +322,10 @@ struct run_of_warp {
 };
 
 template <weight_kind kind, int products>
-__global__ void __launch_bounds__(warps_at_most * 32, 1) product_few(const __grid_constant__ few_arguments args) {
+__global__ void __launch_bounds__(few_shape<products>::warps * 32, 1)
+    product_few(const __grid_constant__ few_arguments args) {
   extern __shared__ __align__(1024) uint8_t shared[];
+  constexpr int chunks_ahead = few_shape<products>::chunks_ahead;
   let_next_kernel_start();
   division by(args, chunk_blocks<kind>);
   int warp = threadIdx.x / 32, left = by.first_of(warp + 1) - by.first_of(warp);
@@ -371,7 +379,8 @@ shared_plan plan_shared(const packed_matrix &w, int tokens, int parts, int group
 few_plan plan_few(const product_context &context, const packed_matrix &w, int tokens) {
   few_plan plan = {};
   for (int parts = 1; parts <= most_parts && plan.warps < warps_enough; parts++) {
-    int groups = groups_of(context, w, parts), warps = warps_at_most;
+    int groups = groups_of(context, w, parts);
+    int warps = tokens <= 8 ? few_shape<1>::warps : few_shape<2>::warps;
     if (groups == 0) break;
     while (warps > 0 && plan_shared(w, tokens, parts, groups, warps).bytes > context.shared_bytes) warps--;
     if (warps > plan.warps) plan = {parts, groups, warps, plan_shared(w, tokens, parts, groups, warps)};
@@ -401,7 +410,7 @@ cudaError_t count_pairs(product_context &context) {
   cluster.val.clusterDim = {2, 1, 1};
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(2);
-  config.blockDim = dim3(warps_at_most * 32);
+  config.blockDim = dim3(few_shape<2>::warps * 32);
   config.dynamicSmemBytes = size_t(context.shared_bytes);
   config.attrs = &cluster;
   config.numAttrs = 1;
