@@ -96,6 +96,18 @@ def test_linear_of_many_tokens(dtype: str) -> None:
         compare(linear_model(rows, cols, dtype), n_tokens, page_tokens=64)
 
 
+@needs_gpu
+@pytest.mark.parametrize("dtype", ["bf16", "int8", "nf4"])
+def test_linear_of_few_long_tokens(dtype: str) -> None:
+    """So long that several blocks share the columns of a tile."""
+    model = linear_model(72, 14400, dtype)
+    executable, expected = load(model), reference(model)
+    for n_tokens in (1, 5, 7, 12, 16):
+        tokens = np.random.default_rng(n_tokens).integers(0, VOCABULARY, n_tokens).tolist()
+        found = run_tokens(executable, tokens, OPTIONS.page_tokens)
+        assert_close(found, run_tokens(expected, tokens, OPTIONS.page_tokens))
+
+
 CASES = OPERATIONS | {  # and what this backend fuses
     "wide norm": ([Norm("x", "x", "w", 1e-3)], "x", {"x": 9001}, ("w", 1, 9001)),
     "sum and norm": ([Add("y", "x", "y"), Norm("z", "y", "w", 1e-3), Add("x", "y", "z")], "x",
@@ -409,6 +421,23 @@ def test_decoder_with_ragged_stacks(size: str, dtype: str) -> None:
         executable.close()
     assert np.linalg.norm(results[1] - results[0]) < 2e-2 * np.linalg.norm(results[0])
     assert relative_error(results[1], results[0]) < 5e-2
+
+
+@needs_gpu
+def test_runs_that_share_pages_see_each_other() -> None:
+    """Decoding, and one sequence's next tokens as runs of their own: then all are stored before any attends."""
+    model = decoder()
+    results = []
+    for executable in (reference(model), load(model)):
+        executable.reserve(8)
+        logits = [executable.step(batch([Run([5, 9, 2], 0, [0, 1]), Run([7, 1, 3], 0, [2, 3])]))]
+        for _ in range(3):
+            logits.append(
+                executable.step(batch([Run([4], 3, [0, 1]), Run([6], 4, [0, 1]), Run([8], 3, [2, 3])]))
+            )
+            logits.append(executable.step(batch([Run([9], 5, [0, 1]), Run([3], 4, [2, 3])])))
+        results.append(np.concatenate(logits))
+    assert relative_error(results[1], results[0]) < 3e-2
 
 
 @needs_gpu
