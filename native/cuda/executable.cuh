@@ -166,6 +166,7 @@ struct adrt_executable {
   std::vector<adaptrt::packed_matrix> product_weights;  // for the workspace
   std::vector<adaptrt::host_attachment> acting;         // by target, all adapters of the step together
   std::vector<int32_t> acting_handles;                  // that `acting` was made of
+  int64_t acting_factors = 0;                           // factors_made then: `acting` points to some
   uint64_t acting_hash = 0;
   uint64_t generation = 0;                              // counts what makes graphs stale: memory that moved
 

@@ -50,11 +50,13 @@ void note_acting(adrt_executable &e, const adrt_batch &b) {
   std::vector<int32_t> handles(b.stacks, b.stacks + b.stack_start[b.n_runs]);
   std::sort(handles.begin(), handles.end());
   handles.erase(std::unique(handles.begin(), handles.end()), handles.end());
-  if (handles == e.acting_handles && e.acting.size() == e.points.size()) return;
+  bool same = handles == e.acting_handles && e.factors_made == e.acting_factors;
+  if (same && e.acting.size() == e.points.size()) return;
   e.acting.assign(e.points.size(), {});
   for (int32_t handle : handles)
     for (size_t i = 0; i < e.acting.size(); i++) join(e.acting[i], e.adapters[size_t(handle)]->targets[i]);
   e.acting_handles = std::move(handles);
+  e.acting_factors = e.factors_made;
   e.acting_hash = hash_of(e.acting);
 }
 
