@@ -30,6 +30,7 @@ from adaptrt.testing.programs import (
     adapter,
     batch,
     decoder,
+    model,
     probe,
     random,
     relative_error,
@@ -122,6 +123,18 @@ def test_products_of_real_sizes(rows: int, cols: int, dtype: str) -> None:
         tokens = np.random.default_rng(n_tokens).integers(0, 67, n_tokens)
         assert_close(run_tokens(executable, tokens.tolist(), 64), expected[tokens])
     executable.close()
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", ["bf16", "int8", "nf4"])
+def test_linear_of_few_long_tokens(dtype: str) -> None:
+    """So long that several blocks share the columns of a tile."""
+    model = linear_model(72, 14400, dtype)
+    executable, expected = load(model), reference(model)
+    for n_tokens in (1, 5, 7, 12, 16):
+        tokens = np.random.default_rng(n_tokens).integers(0, VOCABULARY, n_tokens).tolist()
+        found = run_tokens(executable, tokens, OPTIONS.page_tokens)
+        assert_close(found, run_tokens(expected, tokens, OPTIONS.page_tokens))
 
 
 CASES = OPERATIONS | {  # and what this backend fuses
@@ -273,6 +286,58 @@ def test_term(name: str) -> None:
         Run([6] * 19, stack=(1, 0)),
     ]
     compare_stacks(adapted_model(), adapters, runs, TOLERANCE)
+    few = [Run([4], stack=()), Run([1], stack=(0,)), Run([5, 2], stack=(0, 1)), Run([7, 8, 9], stack=(1, 0))]
+    compare_stacks(adapted_model(), adapters, few, TOLERANCE)
+    compare_stacks(adapted_model(), adapters, few[1:2], TOLERANCE)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cols", [64, 1088])
+def test_adapters_beside_the_product(cols: int, dtype: str) -> None:
+    """Few tokens with an adapter or none, on two layers with one input: steps that repeat and change."""
+    tensors: dict[str, Any] = {}
+    weight("w", 128, cols, "nf4", tensors)
+    weight("v", 128, cols, "nf4", tensors, seed=2)
+    ops = [Linear("y", "x", "w", None, "w"), Linear("z", "x", "v", None, "v"), Add("z", "y", "z")]
+    model = probe(ops, "z", {"x": cols, "y": 128, "z": 128}, tensors)
+    first = plain(16, 128, cols, 1, dtype, dtype)
+    adapters: list[LoweredAdapter] = [
+        {"w": Lowered((first,)), "v": Lowered((replace(first, d=random(5, 16), e=random(6, 128)),))},
+        {"v": Lowered((plain(33, 128, cols, 7, dtype, dtype),), g_out=random(8, 128))},
+        {"w": Lowered((plain(1, 128, cols, 9, dtype, dtype),)), "v": Lowered(g_out=random(10, 128))},
+    ]
+    batches = [(0,), (1, 0), (None, 2, 0, 1, 2, None, 1, 0), (2,)]
+    ours, theirs = load(model), reference(model)
+    for executable in (ours, theirs):
+        executable.reserve(8)
+        assert [executable.attach(one) for one in adapters] == [0, 1, 2]
+    for chosen in batches * 3:
+        runs = [Run([3 + i], 0, [i], () if a is None else (a,)) for i, a in enumerate(chosen)]
+        assert_close(ours.step(batch(runs)), theirs.step(batch(runs)))
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", ["bf16", "nf4"])
+def test_adapters_of_a_large_head(dtype: str) -> None:
+    """More outputs than all warps of a GPU have tiles: some tiles are one warp's alone."""
+    rows, cols = 40_000, 64
+    tensors = {"table": from_float32(random(0, VOCABULARY, cols), "f32")}
+    weight("w", rows, cols, dtype, tensors)
+    wide = model([Embed("x", "table", "embed"), Logits("x", "w", None, "head")], {"x": cols}, tensors)
+    adapters: list[LoweredAdapter] = [
+        {"head": Lowered((plain(5, rows, cols, 1),), g_out=random(5, rows))},
+        {
+            "head": Lowered(
+                (plain(70, rows, cols, 2, "f32", "f16"), plain(2, rows, cols, 3)), c=random(6, rows)
+            )
+        },
+    ]
+    for runs in (
+        [Run([1], stack=(0,))],
+        [Run([2, 3], stack=(1, 0)), Run([4], stack=()), Run([5], stack=(1,))],
+    ):
+        compare_stacks(wide, adapters, runs, TOLERANCE)
 
 
 @needs_gpu
@@ -282,8 +347,42 @@ def test_many_adapters_in_one_batch() -> None:
     ]
     runs = [Run([i % VOCABULARY], stack=(i,)) for i in range(100)]
     compare_stacks(adapted_model(), adapters, runs, TOLERANCE)
+    alike = linear_model(OUT, IN, "nf4")
+    compare_stacks(alike, adapters, runs, TOLERANCE)
+    gained = [{"w": replace(one["w"], g_out=random(i, OUT))} for i, one in enumerate(adapters[:20])]
+    compare_stacks(alike, gained, runs[:20], TOLERANCE)
     runs = [Run([i % VOCABULARY] * (1 + i % 3), stack=(0,) * (i % 3)) for i in range(50)]
     compare_stacks(adapted_model(), adapters, runs, TOLERANCE)
+
+
+@needs_gpu
+@pytest.mark.parametrize("out", [96, 102])  # the first are one product
+@pytest.mark.parametrize(("rank", "dtype"), [(1, "f32"), (13, "bf16"), (64, "bf16"), (256, "f32")])
+def test_factors_in_common(rank: int, dtype: str, out: int) -> None:
+    """Adapters with one U and V (VeRA), and others, in stacks and runs of all kinds, on two layers with one input."""
+    tensors: dict[str, Any] = {}
+    weight("w", out, IN, "nf4", tensors)
+    weight("v", out, IN, "nf4", tensors, seed=2)
+    tensors["b"] = from_float32(random(9, out), "f32")
+    ops = [Linear("y", "x", "w", None, "w"), Linear("z", "x", "v", "b", "v"), Add("z", "y", "z")]
+    model = probe(ops, "z", {"x": IN, "y": out, "z": out}, tensors)
+    u = from_float32(random(1, 130, rank, scale=rank**-0.5), dtype)
+    v = from_float32(random(2, rank, IN + 3, scale=IN**-0.5), dtype)
+
+    def vera(seed: int) -> LoweredAdapter:
+        term = LowRank(u, v, 0.8, 1 + random(seed, rank), 1 + random(seed + 1, out))
+        return {"w": Lowered((term,)), "v": Lowered((replace(term, d=None),))}
+
+    adapters: list[LoweredAdapter] = [vera(3 * i + 1) for i in range(12)]
+    plain_only = [Run([i % VOCABULARY], stack=(i,)) for i in range(12)]
+    compare_stacks(model, adapters, plain_only, TOLERANCE)
+    adapters.append({name: Lowered((plain(5, out, IN, 7),)) for name in ("w", "v")})
+    several = (LowRank(u, v, 0.3), plain(2, out, IN, 8))
+    adapters.append({"v": Lowered(several, g_out=random(5, out), c=random(6, out))})
+    adapters.append({"w": Lowered(g_out=random(7, out))})
+    stacks = [(12,), (), (13,), (0, 14), (14, 0), (12, 1), (2, 3), (13, 4), (0, 13, 12)]
+    mixed = [Run([j] * (1 + j % 5 * 9), stack=stack) for j, stack in enumerate(stacks)]
+    compare_stacks(model, adapters, plain_only + mixed, TOLERANCE)
 
 
 EMBEDDED = {
@@ -351,6 +450,23 @@ def test_decoder_with_ragged_stacks(size: str, dtype: str) -> None:
         executable.close()
     assert np.linalg.norm(results[1] - results[0]) < 2e-2 * np.linalg.norm(results[0])
     assert relative_error(results[1], results[0]) < 5e-2
+
+
+@needs_gpu
+def test_runs_that_share_pages_see_each_other() -> None:
+    """Decoding, and one sequence's next tokens as runs of their own: then all are stored before any attends."""
+    model = decoder()
+    results = []
+    for executable in (reference(model), load(model)):
+        executable.reserve(8)
+        logits = [executable.step(batch([Run([5, 9, 2], 0, [0, 1]), Run([7, 1, 3], 0, [2, 3])]))]
+        for _ in range(3):
+            logits.append(
+                executable.step(batch([Run([4], 3, [0, 1]), Run([6], 4, [0, 1]), Run([8], 3, [2, 3])]))
+            )
+            logits.append(executable.step(batch([Run([9], 5, [0, 1]), Run([3], 4, [2, 3])])))
+        results.append(np.concatenate(logits))
+    assert relative_error(results[1], results[0]) < 3e-2
 
 
 @needs_gpu

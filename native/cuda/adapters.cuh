@@ -36,9 +36,16 @@ struct attachment {
   int64_t rotation_block;
 };
 
+// U and V of a term that is left to shared.cuh; by where V and U lie, or NULL.
+struct common_term {
+  const uint8_t *v, *u;
+  __device__ bool is(const term &t) const { return v && t.v.data == v && t.u.data == u; }
+};
+
 // One adapter of the stack of a segment: consecutive tokens (or rows of logits) with one stack.
 struct application {
   const attachment *attachments;  // by attach point
+  int32_t place;                  // in the stack
   int32_t token, n_tokens;        // the segment
   int64_t rows_before;            // rows of hidden values of the applications before this one
 };
@@ -56,6 +63,7 @@ struct member {
   int64_t row, rows;    // of the launch's output
   int64_t hidden;       // where it starts in an application's hidden values, a token
   const float *bias;    // or NULL
+  common_term elsewhere;  // the first term of first adapters that have it is not of these kernels
 };
 
 struct adapter_call {
@@ -71,11 +79,11 @@ struct adapter_call {
   int64_t y_stride;
 };
 
-// `tiles` of shrink_tokens, each with one application; `single`: all of one token; `chunks`: the most pieces of hidden
-// that an application has.
-void launch_shrink(const queue &q, const adapter_call &call, bool single, int64_t chunks);
-int64_t shrink_chunks(int64_t width, bool single, int n_tiles);  // pieces of a term
-void launch_expand(const queue &q, const adapter_call &call, bool single);  // tiles of expand_tokens
+// `tiles` of shrink_tokens, each with one application; `chunks`: the most pieces of hidden that an application has.
+void launch_shrink(const queue &q, const adapter_call &call, int64_t chunks, int multiprocessors);
+__host__ __device__ inline int64_t shrink_chunks(int64_t width) { return (width + 15) / 16; }  // pieces of a term
+// `tiles` of expand_tokens; `single`: all of one token
+void launch_expand(const queue &q, const adapter_call &call, bool single, int multiprocessors);
 
 struct map_call {
   const application *applications;
@@ -107,6 +115,10 @@ struct gain_call {
   int64_t width;
 };
 void launch_gain(const queue &q, const gain_call &call, int n_tiles);
+
+__device__ inline bool is_elsewhere(const member &m, const application &a, int k, const term &t) {
+  return k == 0 && a.place == 0 && m.elsewhere.is(t);
+}
 
 __device__ inline const term &term_of(const attachment &a, int k) { return k ? a.terms[k] : a.first; }
 

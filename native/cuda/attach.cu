@@ -56,6 +56,11 @@ class attaching {
     out.c = vectors_.add(in.c, point.out);
     host.more_terms = std::max(0, in.n_terms - 1);
     host.maps_input = (in.g_in || in.rotation) && point.kind != ADRT_EMBED;
+    host.alone = host.v && in.n_terms == 1 && !in.g_out && !in.c;
+    const term *only = in.n_terms == 1 ? &terms_.back() : nullptr;
+    bool low_rank = only && only->kind == ADRT_LOW_RANK && !only->identity && only->u.dtype == only->v.dtype;
+    host.lone = (low_rank || !in.n_terms) && !in.c;
+    host.dtype = low_rank ? only->u.dtype : -1;
   }
 
   std::unique_ptr<adapter> finish() {
@@ -93,8 +98,13 @@ class attaching {
       bool kronecker = in.kind == ADRT_KRONECKER;
       t.identity = !in.u.data;
       t.width = kronecker ? in.u.cols * in.v.rows : in.v.rows;
-      t.v = share(in.v, false);
-      if (!t.identity) t.u = share(in.u, !kronecker);
+      factor_form v_form = factor_form::rows, u_form = kronecker ? factor_form::rows : factor_form::turned_rows;
+      if (!kronecker && point.kind != ADRT_EMBED) v_form = factor_form::v_panels, u_form = factor_form::u_panels;
+      shared_factor *v = share(in.v, v_form), *u = t.identity ? nullptr : share(in.u, u_form);
+      t.v = v->f;
+      if (u) t.u = u->f;
+      bool first = first_terms_.back().second == terms_.size();
+      if (first && u && !kronecker && t.width <= widest_shared) host.v = v, host.u = u;
       t.d = vectors_.add(in.d, kronecker ? 0 : t.width);
       t.e = vectors_.add(in.e, kronecker ? 0 : point.out);
     }
@@ -102,19 +112,21 @@ class attaching {
     terms_.push_back(t);
   }
 
-  factor share(const adrt_tensor &tensor, bool transposed) {
-    std::weak_ptr<shared_factor> &known = e_.factors[{key_of(tensor), transposed}];
+  shared_factor *share(const adrt_tensor &tensor, factor_form form) {
+    std::weak_ptr<shared_factor> &known = e_.factors[{key_of(tensor), form}];
     std::shared_ptr<shared_factor> shared = known.lock();
     if (!shared) {
-      shared = std::make_shared<shared_factor>(upload(tensor, transposed));
+      shared = std::make_shared<shared_factor>(upload(tensor, form));
+      shared->number = ++e_.factors_made;
       known = shared;
     }
     made_->factors.push_back(shared);
-    return shared->f;
+    shared->terms++;
+    return shared.get();
   }
 
-  shared_factor upload(const adrt_tensor &tensor, bool transposed) {
-    shared_factor made = {describe_factor(tensor, transposed), {}};
+  shared_factor upload(const adrt_tensor &tensor, factor_form form) {
+    shared_factor made = {describe_factor(tensor, form)};
     made.memory = device_memory(factor_bytes(made.f), "an adapter's tensor");
     made.f.data = made.memory.bytes();
     if (factor_bytes(made.f) > factor_data_bytes(made.f))
@@ -125,7 +137,7 @@ class attaching {
       e_.stored = device_memory(std::max<size_t>(tensor.bytes, size_t(1) << 20), "an adapter's tensor");
     }
     e_.uploader->copy(e_.stored.bytes(), tensor.data, tensor.bytes);
-    launch_pack_factor(tensor, e_.stored.bytes(), made.f, transposed, e_.queues.main);
+    launch_pack_factor(tensor, e_.stored.bytes(), made.f, e_.queues.main);
     return made;
   }
 
@@ -142,6 +154,17 @@ void forget_released(adrt_executable &e) {
 }
 
 }  // namespace
+
+// As rows of bfloat16.
+const dense_factor &dense_form(adrt_executable &e, shared_factor &s) {
+  if (s.dense.data) return s.dense;
+  s.dense = describe_dense(s.f);
+  size_t bytes = size_t(s.dense.rows * s.dense.stride) * sizeof(__nv_bfloat16);
+  s.dense_memory = device_memory(bytes, "an adapter's tensor");
+  s.dense.data = s.dense_memory.as<__nv_bfloat16>();
+  launch_densify(e.queue(), s.f, s.dense);
+  return s.dense;
+}
 
 int32_t attach(adrt_executable &e, int32_t n, const adrt_attachment *attachments) {
   attaching work(e);

@@ -110,6 +110,21 @@ __device__ inline __half2 load_half2(uint32_t address) {
   return *reinterpret_cast<__half2 *>(&bits);
 }
 
+// Weights on their way into registers, past L1. Volatile, so that they are on their way where it says so.
+__device__ inline uint4 load_weights(const void *from, uint64_t policy) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from), "l"(policy));
+  return v;
+}
+
+__device__ inline __half2 load_scales(const __half2 *from, uint64_t policy) {
+  uint32_t bits;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.u32 %0, [%1], %2;" : "=r"(bits) : "l"(from), "l"(policy));
+  return *reinterpret_cast<__half2 *>(&bits);
+}
+
 // 16 bytes of weights, past L1 to shared memory.
 __device__ inline void copy_async(uint32_t to, const void *from, uint64_t policy) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy)
@@ -137,6 +152,25 @@ __device__ inline void store_result(const product_output &out, int64_t token, in
   float *y = static_cast<float *>(out.y) + i;
   *y = out.accumulate ? *y + v : v;
 }
+
+// ---- clusters of blocks, on Hopper ----
+
+#if __CUDA_ARCH__ >= 900
+// What any thread of the cluster wrote to shared memory before is seen after.
+__device__ inline void wait_for_writes_of_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// What block `rank` of the cluster has at an address of this block's shared memory.
+__device__ inline float load_of_cluster(uint32_t address, int rank) {
+  float v;
+  asm volatile(
+      "{.reg .b32 there; mapa.shared::cluster.u32 there, %1, %2; ld.shared::cluster.f32 %0, [there];}"
+      : "=f"(v)
+      : "r"(address), "r"(rank));
+  return v;
+}
+#endif
 
 // Everything before this may run while the kernel before still does; nothing of what that kernel writes is read or
 // overwritten before it.

@@ -5,7 +5,7 @@
 namespace adaptrt {
 namespace {
 
-constexpr int norm_threads = 1024, cached = 8;  // values of a thread that stay in registers
+constexpr int norm_threads = 1024, most_cached = 8;  // values of a thread that stay in registers
 constexpr int threads = 256;
 
 __device__ float block_sum(float v) {
@@ -17,45 +17,91 @@ __device__ float block_sum(float v) {
   return warp_sum(lane < int(blockDim.x) / warp_size ? parts[lane] : 0.f);
 }
 
-// x of the norm; with two sources their sum, kept.
-__device__ float norm_input(const norm_call &c, int64_t token, int64_t i) {
-  float v = c.a.data[token * c.a.stride + i];
-  if (c.b.data) {
-    v += c.b.data[token * c.b.stride + i];
-    c.sum.put(token, i, v);
-  }
-  return v;
+template <int n>
+__device__ void load_values(const float *from, float (&to)[n]) {
+  if constexpr (n == 4)
+    *reinterpret_cast<float4 *>(to) = *reinterpret_cast<const float4 *>(from);
+  else
+    to[0] = from[0];
 }
 
-// One block a token.
-__global__ void __launch_bounds__(norm_threads) norm(const norm_call c) {
-  int64_t token = blockIdx.x;
-  float weight[cached], kept[cached], squares = 0;
-#pragma unroll
-  for (int j = 0; j < cached; j++) {
-    int64_t i = threadIdx.x + int64_t(j) * blockDim.x;
-    weight[j] = i < c.width ? c.weight[i] : 0.f;
+template <int n>
+__device__ void put_values(const destination &to, int64_t token, int column, const float (&values)[n]) {
+  if constexpr (n == 4) {
+    if (to.wide)
+      *reinterpret_cast<float4 *>(to.wide + token * to.wide_stride + column) = *reinterpret_cast<const float4 *>(values);
+    __nv_bfloat162 pairs[2] = {__floats2bfloat162_rn(values[0], values[1]), __floats2bfloat162_rn(values[2], values[3])};
+    if (to.narrow)
+      *reinterpret_cast<uint2 *>(to.narrow + token * to.narrow_stride + column) = *reinterpret_cast<uint2 *>(pairs);
+  } else {
+    to.put(token, column, values[0]);
   }
+}
+
+// A row of the norm's input: a, or a + b, which is kept when it is read.
+template <int n>
+struct norm_row {
+  const norm_call &c;
+  int64_t token;
+  const float *a, *b;
+
+  __device__ norm_row(const norm_call &c)
+      : c(c), token(blockIdx.x), a(c.a.data + token * c.a.stride), b(c.b.data + token * c.b.stride) {}
+  __device__ void load(int column, float (&sum)[n]) const {
+    float more[n] = {};
+    load_values(a + column, sum);
+    if (c.b.data) load_values(b + column, more);
+    for (int k = 0; k < n; k++) sum[k] += more[k];
+  }
+  __device__ float keep(int column, const float (&sum)[n]) const {  // the sum of squares
+    float squares = 0;
+    if (c.b.data) put_values(c.sum, token, column, sum);
+    for (int k = 0; k < n; k++) squares += sum[k] * sum[k];
+    return squares;
+  }
+  __device__ void put(int column, const float (&sum)[n], const float (&weight)[n], float scale) const {
+    float out[n];
+    for (int k = 0; k < n; k++) out[k] = sum[k] * scale * weight[k];
+    put_values(c.out, token, column, out);
+  }
+};
+
+// One block a token, a thread n neighbouring values at a time. One multiprocessor does it all, so instructions count;
+// and all loads are on their way before anything is stored, which they might read for all that the compiler knows.
+template <int n>
+__global__ void __launch_bounds__(norm_threads) norm(const norm_call c) {
+  constexpr int cached = most_cached / n;
+  const norm_row<n> row(c);
+  int width = int(c.width), first = int(threadIdx.x) * n, step = int(blockDim.x) * n;
+  float weight[cached][n] = {}, kept[cached][n] = {}, squares = 0;
+#pragma unroll
+  for (int j = 0; j < cached; j++)
+    if (first + j * step < width) load_values(c.weight + first + j * step, weight[j]);
   wait_for_before();
 #pragma unroll
-  for (int j = 0; j < cached; j++) {
-    int64_t i = threadIdx.x + int64_t(j) * blockDim.x;
-    kept[j] = i < c.width ? norm_input(c, token, i) : 0.f;
-    squares += kept[j] * kept[j];
-  }
-  for (int64_t i = threadIdx.x + int64_t(cached) * blockDim.x; i < c.width; i += blockDim.x) {
-    float v = norm_input(c, token, i);
-    squares += v * v;
-  }
-  float scale = 1.f / sqrtf(block_sum(squares) / float(c.width) + c.eps);
+  for (int j = 0; j < cached; j++)
+    if (first + j * step < width) row.load(first + j * step, kept[j]);
 #pragma unroll
-  for (int j = 0; j < cached; j++) {
-    int64_t i = threadIdx.x + int64_t(j) * blockDim.x;
-    if (i < c.width) c.out.put(token, i, kept[j] * scale * weight[j]);
+  for (int j = 0; j < cached; j++)
+    if (first + j * step < width) squares += row.keep(first + j * step, kept[j]);
+  for (int i = first + cached * step; i < width; i += step) {
+    float more[n];
+    row.load(i, more);
+    squares += row.keep(i, more);
   }
-  source x = c.b.data ? source{c.sum.wide, c.sum.wide_stride} : c.a;
-  for (int64_t i = threadIdx.x + int64_t(cached) * blockDim.x; i < c.width; i += blockDim.x)
-    c.out.put(token, i, x.data[token * x.stride + i] * scale * c.weight[i]);
+  float scale = rsqrtf(block_sum(squares) / float(width) + c.eps);
+#pragma unroll
+  for (int j = 0; j < cached; j++)
+    if (first + j * step < width) row.put(first + j * step, kept[j], weight[j], scale);
+  for (int i = first + cached * step; i < width; i += step) {
+    float more[n], gain[n];
+    load_values(c.weight + i, gain);
+    if (c.b.data)
+      load_values(c.sum.wide + row.token * c.sum.wide_stride + i, more);
+    else
+      row.load(i, more);
+    row.put(i, more, gain, scale);
+  }
 }
 
 __device__ float combined(const combine_call &c, float a, int64_t token, int64_t i) {
@@ -86,9 +132,17 @@ __global__ void __launch_bounds__(threads) gather(const __nv_bfloat16 *x, int64_
 
 }  // namespace
 
+static bool in_fours(const source &x) { return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.stride % 4 == 0; }
+static bool in_fours(const destination &y) {
+  return reinterpret_cast<uintptr_t>(y.wide) % 16 == 0 && y.wide_stride % 4 == 0 &&
+         reinterpret_cast<uintptr_t>(y.narrow) % 8 == 0 && y.narrow_stride % 4 == 0;
+}
+
 void launch_norm(const queue &q, const norm_call &call, int tokens) {
-  int64_t wanted = (call.width + warp_size - 1) / warp_size * warp_size;
-  launch(q, norm, dim3(unsigned(tokens)), unsigned(std::min<int64_t>(norm_threads, wanted)), 0, call);
+  bool fours = call.width % 4 == 0 && in_fours(call.a) && in_fours(call.b) && in_fours(call.sum) && in_fours(call.out);
+  int64_t lanes = fours ? call.width / 4 : call.width, wanted = (lanes + warp_size - 1) / warp_size * warp_size;
+  launch(q, fours ? norm<4> : norm<1>, dim3(unsigned(tokens)), unsigned(std::min<int64_t>(norm_threads, wanted)), 0,
+         call);
 }
 
 void launch_combine(const queue &q, const combine_call &call, int tokens) {

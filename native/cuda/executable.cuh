@@ -16,6 +16,7 @@
 #include "memory.cuh"
 #include "plan.cuh"
 #include "product.cuh"
+#include "shared.cuh"
 
 namespace adaptrt {
 
@@ -36,7 +37,7 @@ struct activations {
 
 using tensor_key = std::tuple<const void *, int32_t, int64_t, int64_t>;  // data, dtype, rows, cols
 inline tensor_key key_of(const adrt_tensor &t) { return {t.data, t.dtype, t.rows, t.cols}; }
-using factor_key = std::pair<tensor_key, bool>;  // transposed
+using factor_key = std::pair<tensor_key, factor_form>;
 
 class stage {
  public:
@@ -44,12 +45,17 @@ class stage {
   virtual void launch(adrt_executable &e) const = 0;
   // Hidden values of a token that all its adapters of the step need at most.
   virtual int64_t hidden_width(const adrt_executable &e) const;
+  virtual int64_t projected_width(const adrt_executable &e) const;  // the same of terms in common
 };
 
 // A tensor of an adapter on the device, shared by all terms that have the same pointer.
 struct shared_factor {
   factor f;
   device_memory memory;
+  int64_t number = 0;   // of all that there were
+  int64_t terms = 0;    // that have had it
+  dense_factor dense;   // once a step has wanted it
+  device_memory dense_memory;
 };
 
 // What the host knows of an adapter at an attach point.
@@ -57,6 +63,13 @@ struct host_attachment {
   bool acts = false, maps_input = false;
   int64_t width = 0;       // of its hidden values
   int64_t more_terms = 0;  // beyond the first
+  // The first term's, where it is low-rank with a U that other terms have, too. Of all adapters of a step: the first
+  // such pair, and whether there is nothing but this.
+  shared_factor *v = nullptr, *u = nullptr;
+  bool alone = false;
+  // Whether it is one low-rank term with a U, and at most a gain, all factors of the same dtype here.
+  bool lone = false;
+  int32_t dtype = 0;
 };
 
 struct adapter {
@@ -132,6 +145,7 @@ struct adrt_executable {
 
   std::vector<std::unique_ptr<adaptrt::adapter>> adapters;  // by handle, empty when detached
   std::map<adaptrt::factor_key, std::weak_ptr<adaptrt::shared_factor>> factors;
+  int64_t factors_made = 0;
 
   int32_t token_room = 0;             // tokens that the activations hold
   adaptrt::device_memory activation_memory;
@@ -141,7 +155,7 @@ struct adrt_executable {
   __nv_bfloat16 *gathered = nullptr;  // [tokens, width of the head's input]
   int32_t logit_room = 0;
   adaptrt::device_memory logits;      // [logit_room, logit_rows] float
-  adaptrt::device_memory mapped_memory, workspace, partial, arrived, hidden;
+  adaptrt::device_memory mapped_memory, workspace, partial, arrived, hidden, projected, riding;
   adaptrt::pinned_memory host_logits;
 
   adaptrt::plan plan;
@@ -152,6 +166,7 @@ struct adrt_executable {
   std::vector<adaptrt::packed_matrix> product_weights;  // for the workspace
   std::vector<adaptrt::host_attachment> acting;         // by target, all adapters of the step together
   std::vector<int32_t> acting_handles;                  // that `acting` was made of
+  int64_t acting_factors = 0;                           // factors_made then: `acting` points to some
   uint64_t acting_hash = 0;
   uint64_t generation = 0;                              // counts what makes graphs stale: memory that moved
 
@@ -179,6 +194,7 @@ void reserve_pages(adrt_executable &e, int32_t n_pages);
 // attach.cu
 int32_t attach(adrt_executable &e, int32_t n, const adrt_attachment *attachments);
 void detach(adrt_executable &e, int32_t handle);
+const dense_factor &dense_form(adrt_executable &e, shared_factor &s);
 // step.cu
 void step(adrt_executable &e, const adrt_batch &batch);
 // peak.cu

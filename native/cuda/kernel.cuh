@@ -28,12 +28,12 @@ struct destination {
 };
 
 // Programmatic dependent launch. Before this a kernel may read what no kernel of the step writes (weights, the plan,
-// adapters), everything else after. The next kernel may start from here on and no earlier: a product that came while the
-// one before still runs would find room for two of its blocks on some multiprocessors and for none on others.
+// adapters), everything else after. The next kernel may start as soon as all blocks of this one have: it takes what
+// multiprocessors have room. A product's block leaves no room for a second one, so its blocks stay one to each.
 __device__ inline void wait_for_before() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 

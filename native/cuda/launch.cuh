@@ -11,7 +11,8 @@ struct cublas_library;
 
 struct product_context {
   int device, multiprocessors, shared_bytes;  // shared memory that a block may have
-  bool hopper;                                // wgmma, bulk copies, programmatic dependent launch
+  bool hopper;                                // wgmma, bulk copies, clusters, programmatic dependent launch
+  int pairs;                                  // clusters of two blocks that run at once, or 0
   nf4_values codebook;
   cublas_library *cublas;                               // or none
   decltype(&cuTensorMapEncodeTiled) encode_tensor_map;  // of the driver; on Hopper
@@ -29,10 +30,10 @@ struct product_call {
 };
 
 // product_few.cu: up to few_tokens tokens; how many at once depends on their length.
-constexpr int few_tokens = 8;
+constexpr int few_tokens = 16, most_parts = 2;
 int few_tokens_at_once(const product_context &context, const packed_matrix &w);
 cudaError_t launch_few(const product_call &call);
-cudaError_t prepare_few(const product_context &context);
+cudaError_t prepare_few(product_context &context);
 
 // product_many.cu: any number of tokens, on Hopper.
 cudaError_t launch_many(const product_call &call);
@@ -51,21 +52,29 @@ bool launch_square(const product_context &context, const __nv_bfloat16 *a, const
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t align_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Launches a kernel that waits for the one before it by itself (wait_for_kernel_before).
+// Launches a kernel that waits for the one before it by itself (wait_for_kernel_before), in clusters of so many blocks.
 template <typename... parameters, typename... arguments>
-cudaError_t launch(const product_call &call, void (*kernel)(parameters...), dim3 grid, dim3 block, size_t shared_bytes,
-                   const arguments &...args) {
-  cudaLaunchAttribute overlap = {};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+cudaError_t launch_in_clusters(const product_call &call, unsigned blocks, void (*kernel)(parameters...), dim3 grid,
+                               dim3 block, size_t shared_bytes, const arguments &...args) {
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {blocks, 1, 1};
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = call.stream;
-  config.attrs = &overlap;
-  config.numAttrs = call.context->hopper ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = !call.context->hopper ? 0 : blocks > 1 ? 2 : 1;
   return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+template <typename... parameters, typename... arguments>
+cudaError_t launch(const product_call &call, void (*kernel)(parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                   const arguments &...args) {
+  return launch_in_clusters(call, 1, kernel, grid, block, shared_bytes, args...);
 }
 
 }  // namespace adaptrt

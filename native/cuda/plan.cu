@@ -23,10 +23,12 @@ void add_segment(const adrt_executable &e, const adrt_batch &b, int32_t run, int
   int32_t first = int32_t(out.applications.size()), n = b.stack_start[run + 1] - b.stack_start[run];
   for (int32_t i = 0; i < n; i++) {
     const adapter &a = *e.adapters[b.stacks[b.stack_start[run] + i]];
-    out.applications.push_back({a.table.as<attachment>(), start, end - start, out.hidden_rows});
+    out.applications.push_back({a.table.as<attachment>(), i, start, end - start, out.hidden_rows});
     add_tiles(out.shrink_tiles, {start, end - start, first + i, 1, out.applications.back()}, shrink_tokens);
     out.hidden_rows += end - start;
   }
+  out.heads.resize(size_t(end), n ? first : -1);
+  out.stacked = out.stacked || n > 1;
   add_tiles(out.tiles, {start, end - start, first, n, n ? out.applications[size_t(first)] : application{}},
             expand_tokens);
 }
@@ -36,6 +38,8 @@ void cut_segments(const adrt_executable &e, const adrt_batch &b, const std::vect
   out.applications.clear();
   out.tiles.clear();
   out.shrink_tiles.clear();
+  out.heads.clear();
+  out.stacked = false;
   out.hidden_rows = 0;
   out.single = true;
   int32_t start = 0, n = int32_t(runs.size());
@@ -99,6 +103,7 @@ void add_segments(layout &out, segment_plan &s) {
   out.add(s.applications.data(), s.applications.size(), &s.device_applications);
   out.add(s.tiles.data(), s.tiles.size(), &s.device_tiles);
   out.add(s.shrink_tiles.data(), s.shrink_tiles.size(), &s.device_shrink_tiles);
+  out.add(s.heads.data(), s.heads.size(), &s.device_heads);
 }
 
 bool lay_out(const adrt_batch &b, plan &p) {

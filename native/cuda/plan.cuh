@@ -14,8 +14,11 @@ struct segment_plan {
   std::vector<application> applications;
   std::vector<token_tile> tiles;         // at most expand_tokens of one segment
   std::vector<token_tile> shrink_tiles;  // at most shrink_tokens of one application
+  std::vector<int32_t> heads;            // the first application of each token's stack, or -1
   int64_t hidden_rows = 0;               // sum of tokens over the applications
   bool single = true;                    // every segment is one token
+  bool stacked = false;                  // some stack has several adapters
+  const int32_t *device_heads = nullptr;
   const application *device_applications = nullptr;
   const token_tile *device_tiles = nullptr, *device_shrink_tiles = nullptr;
 };

@@ -75,6 +75,10 @@ static cudaError_t launch_in_groups(product_call call) {
   return cudaSuccess;
 }
 
+bool next_sees_input(const product_context *context, const packed_matrix &w, int tokens) {
+  return choose(*context, w, tokens) == way::few && tokens <= few_tokens_at_once(*context, w);
+}
+
 cudaError_t launch_product(const product_context *context, const packed_matrix &w, const __nv_bfloat16 *x,
                            int64_t x_stride, int tokens, const product_output &out, void *workspace,
                            cudaStream_t stream) {

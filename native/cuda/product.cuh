@@ -70,6 +70,10 @@ cudaError_t launch_product(const product_context *context, const packed_matrix &
                            int64_t x_stride, int tokens, const product_output &out, void *workspace,
                            cudaStream_t stream);
 
+// Whether the kernel after such a product may read the product's input, and what came before that, without waiting: it
+// does not start before the product has waited. Then it must wait before it ends.
+bool next_sees_input(const product_context *context, const packed_matrix &w, int tokens);
+
 // out[i, :] = row indices[i] of W as float; out_stride in elements. An index outside of the matrix gives zeros.
 cudaError_t launch_rows(const packed_matrix &w, const int32_t *indices, int n, float *out, int64_t out_stride,
                         cudaStream_t stream);

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "executable.cuh"
+#include "ride.cuh"
 
 namespace adaptrt {
 namespace {
@@ -98,12 +99,19 @@ void make_attention_room(adrt_executable &e) {
 }
 
 void make_adapter_room(adrt_executable &e) {
-  int64_t width = 0;
+  int64_t width = 0, projected = 0;
   bool maps = false;
-  for (const std::unique_ptr<stage> &s : e.stages) width = std::max(width, s->hidden_width(e));
+  for (const std::unique_ptr<stage> &s : e.stages) {
+    width = std::max(width, s->hidden_width(e));
+    projected = std::max(projected, s->projected_width(e));
+  }
   for (const host_attachment &a : e.acting) maps = maps || a.maps_input;
   int64_t rows = std::max(e.plan.tokens.hidden_rows, e.plan.logits.hidden_rows);
   grow(e, e.hidden, size_t(rows * width) * sizeof(float), "adapters");
+  int64_t tokens_or_logits = std::max(e.plan.n_tokens, e.plan.n_logits);
+  grow(e, e.projected, size_t(tokens_or_logits * projected) * sizeof(float), "adapters");
+  if (grow(e, e.riding, ride_bytes(e.multiprocessors), "adapters"))
+    check(cudaMemsetAsync(e.riding.bytes(), 0, e.riding.size(), e.queues.main), "adapters");
   if (!maps) return;
   int64_t stride = cpu_align(e.widest_input, BLOCK), tokens = e.token_room;
   size_t narrow = size_t(cpu_align(tokens * stride * int64_t(sizeof(__nv_bfloat16)), 256));

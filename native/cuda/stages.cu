@@ -2,15 +2,11 @@
 // the norm of it are one pass; rotations ride with the storing of keys and values.
 #include <algorithm>
 
+#include "adapted.cuh"
 #include "elementwise.cuh"
-#include "executable.cuh"
 
 namespace adaptrt {
 namespace {
-
-bool acts(const adrt_executable &e, int32_t target) {
-  return target >= 0 && e.plan.adapted && e.acting[size_t(target)].acts;
-}
 
 // A register that its kernel wrote as float32 only, for products.
 void narrow(adrt_executable &e, const view &v) {
@@ -65,58 +61,40 @@ class norm_stage : public stage {
   int32_t target_;
 };
 
-struct product_member {
-  packed_matrix w;
-  int32_t target;
-  const float *bias;
-};
-
 // One or more products with the same input, their outputs side by side; or the head.
 class product_stage : public stage {
  public:
   product_stage(view in, view out, bool head, packed_matrix all, std::vector<product_member> members)
-      : in_(in), out_(out), head_(head), all_(all), members_(std::move(members)) {}
+      : in_(in), out_(out), head_(head), all_(all), members_(std::move(members), head) {}
 
   void launch(adrt_executable &e) const override {
-    const plan &p = e.plan;
-    const activations &in = e.buffers[size_t(in_.buffer)];
-    int n = head_ ? p.n_logits : p.n_tokens;
-    if (!n) return;
-    const __nv_bfloat16 *x = in.narrow;
-    if (head_ && p.gathers) {
-      launch_gather(e.queue(), x, in.narrow_stride(), p.device_logit_rows, n, e.gathered);
-      x = e.gathered;
+    if (!members_.tokens(e)) return;
+    adapter_call call = describe(e);
+    ride_call ride;
+    if (members_.can_ride(e, call, all_, ride)) {
+      product(e, all_, call, call.x, 0);
+      launch_ride(e.queue(), ride, e.multiprocessors);
+    } else {
+      extend_call left = members_.before(e, call);  // the product fills its pipeline with weights meanwhile
+      multiply(e, call);
+      members_.after(e, call, left);
     }
-    adapter_call adapters = describe(e, x, in.narrow_stride());
-    int64_t chunks = chunks_of(e);
-    if (chunks) shrink(e, adapters, chunks);
-    multiply(e, x, in.narrow_stride(), n, adapters);
-    if (changes(e)) launch_expand(e.queue(), adapters, segments(e).single);
     if (!head_) narrow(e, out_);
   }
 
-  int64_t hidden_width(const adrt_executable &e) const override {
-    int64_t width = 0;
-    for (const product_member &m : members_)
-      if (acts(e, m.target)) width += e.acting[size_t(m.target)].width;
-    return width;
-  }
+  int64_t hidden_width(const adrt_executable &e) const override { return members_.hidden_width(e); }
+  int64_t projected_width(const adrt_executable &e) const override { return members_.projected_width(e); }
 
  private:
-  const segment_plan &segments(const adrt_executable &e) const { return head_ ? e.plan.logits : e.plan.tokens; }
-
-  adapter_call describe(const adrt_executable &e, const __nv_bfloat16 *x, int64_t stride) const {
-    const segment_plan &s = segments(e);
-    adapter_call call = {s.device_applications, s.device_tiles, int32_t(s.tiles.size()), int32_t(members_.size())};
-    int64_t row = 0, hidden = 0;
-    for (size_t i = 0; i < members_.size(); i++) {
-      const product_member &m = members_[i];
-      call.members[i] = {m.target < 0 ? 0 : m.target, row, m.w.rows, hidden, m.bias};
-      row += m.w.rows;
-      if (acts(e, m.target)) hidden += e.acting[size_t(m.target)].width;
+  adapter_call describe(adrt_executable &e) const {
+    const plan &p = e.plan;
+    const activations &in = e.buffers[size_t(in_.buffer)];
+    adapter_call call = members_.describe(e);
+    call.x = in.narrow, call.x_stride = in.narrow_stride();
+    if (head_ && p.gathers) {
+      launch_gather(e.queue(), in.narrow, in.narrow_stride(), p.device_logit_rows, p.n_logits, e.gathered);
+      call.x = e.gathered;
     }
-    call.x = x, call.x_stride = stride, call.cols = all_.cols;
-    call.hidden = e.hidden.as<float>(), call.hidden_width = hidden;
     if (head_) {
       call.y = e.logits.as<float>(), call.y_stride = e.logit_rows;
     } else {
@@ -126,59 +104,35 @@ class product_stage : public stage {
     return call;
   }
 
-  int64_t chunks_of(const adrt_executable &e) const {
-    int64_t chunks = 0;
-    const segment_plan &s = segments(e);
-    for (const product_member &m : members_)
-      if (acts(e, m.target))
-        chunks += shrink_chunks(e.acting[size_t(m.target)].width, s.single, int(s.shrink_tiles.size())) +
-                  e.acting[size_t(m.target)].more_terms;
-    return chunks;
-  }
-
-  bool changes(const adrt_executable &e) const {
-    return std::any_of(members_.begin(), members_.end(),
-                       [&](const product_member &m) { return m.bias || acts(e, m.target); });
-  }
-
-  // Before the product, which fills its pipeline with weights meanwhile.
-  void shrink(adrt_executable &e, adapter_call call, int64_t chunks) const {
-    const segment_plan &s = segments(e);
-    call.tiles = s.device_shrink_tiles, call.n_tiles = int32_t(s.shrink_tiles.size());
-    launch_shrink(e.queue(), call, s.single, chunks);
-  }
-
-  void multiply(adrt_executable &e, const __nv_bfloat16 *x, int64_t stride, int n, const adapter_call &adapters) const {
-    bool maps = std::any_of(members_.begin(), members_.end(), [&](const product_member &m) {
-      return acts(e, m.target) && e.acting[size_t(m.target)].maps_input;
-    });
-    if (!maps) {
-      product(e, all_, x, stride, n, adapters, 0);
+  void multiply(adrt_executable &e, const adapter_call &call) const {
+    const std::vector<product_member> &all = members_.all();
+    if (std::none_of(all.begin(), all.end(), [&](const product_member &m) { return members_.maps_input(e, m); })) {
+      product(e, all_, call, call.x, 0);
       return;
     }
-    for (size_t i = 0; i < members_.size(); i++) {
-      const product_member &m = members_[i];
-      bool mine = acts(e, m.target) && e.acting[size_t(m.target)].maps_input;
-      if (mine) {
-        const segment_plan &s = segments(e);
+    for (size_t i = 0; i < all.size(); i++) {
+      bool mine = members_.maps_input(e, all[i]);
+      if (mine)
         launch_map(e.queue(),
-                   {s.device_applications, s.device_tiles, m.target, x, e.mapped, stride, all_.cols, e.map_scratch},
-                   int(s.tiles.size()));
-      }
-      product(e, m.w, mine ? e.mapped : x, stride, n, adapters, adapters.members[i].row);
+                   {call.applications, call.tiles, all[i].target, call.x, e.mapped, call.x_stride, call.cols,
+                    e.map_scratch},
+                   call.n_tiles);
+      product(e, all[i].w, call, mine ? e.mapped : call.x, call.members[i].row);
     }
   }
 
-  void product(adrt_executable &e, const packed_matrix &w, const __nv_bfloat16 *x, int64_t stride, int n,
-               const adapter_call &adapters, int64_t row) const {
-    product_output out = {adapters.y + row, adapters.y_stride, false, false};
-    check(launch_product(e.products.context, w, x, stride, n, out, e.workspace.bytes(), e.queues.main), "product");
+  void product(adrt_executable &e, const packed_matrix &w, const adapter_call &call, const __nv_bfloat16 *x,
+               int64_t row) const {
+    product_output out = {call.y + row, call.y_stride, false, false};
+    check(launch_product(e.products.context, w, x, call.x_stride, members_.tokens(e), out, e.workspace.bytes(),
+                         e.queues.main),
+          "product");
   }
 
   view in_, out_;
   bool head_;
   packed_matrix all_;
-  std::vector<product_member> members_;
+  adapted_members members_;
 };
 
 class rope_stage : public stage {
@@ -479,6 +433,7 @@ class builder {
 }  // namespace
 
 int64_t stage::hidden_width(const adrt_executable &) const { return 0; }
+int64_t stage::projected_width(const adrt_executable &) const { return 0; }
 
 void make_stages(adrt_executable &e, const adrt_program &program) { builder(e, program).build(); }
 

@@ -23,9 +23,25 @@ void check_batch(const adrt_executable &e, const adrt_batch &batch) {
 uint64_t hash_of(const std::vector<host_attachment> &all) {
   uint64_t hash = 0xcbf29ce484222325u;
   for (const host_attachment &a : all)
-    for (int64_t v : {int64_t(a.acts), int64_t(a.maps_input), a.width, a.more_terms})
+    for (int64_t v : {int64_t(a.acts), int64_t(a.maps_input), a.width, a.more_terms, int64_t(a.alone), int64_t(a.lone),
+                      int64_t(a.dtype), a.v ? a.v->number : 0, a.u ? a.u->number : 0})
       hash = (hash ^ uint64_t(v)) * 0x100000001b3u;
   return hash;
+}
+
+// Adds what one more adapter does at an attach point.
+void join(host_attachment &all, const host_attachment &one) {
+  if (!one.acts) return;
+  bool shared = one.v && one.v->terms > 1 && one.u->terms > 1, first = !all.acts;
+  if (shared && !all.v) all.v = one.v, all.u = one.u;
+  all.alone = (first || all.alone) && one.alone && one.v == all.v && one.u == all.u;
+  bool one_dtype = first || all.dtype < 0 || one.dtype < 0 || all.dtype == one.dtype;
+  all.lone = (first || all.lone) && one.lone && one_dtype;
+  all.dtype = first || all.dtype < 0 ? one.dtype : all.dtype;
+  all.acts = true;
+  all.maps_input = all.maps_input || one.maps_input;
+  all.width = std::max(all.width, one.width);
+  all.more_terms = std::max(all.more_terms, one.more_terms);
 }
 
 // What the adapters of the batch do at each attach point, all together. Handles are never reused, so an equal list means
@@ -34,18 +50,13 @@ void note_acting(adrt_executable &e, const adrt_batch &b) {
   std::vector<int32_t> handles(b.stacks, b.stacks + b.stack_start[b.n_runs]);
   std::sort(handles.begin(), handles.end());
   handles.erase(std::unique(handles.begin(), handles.end()), handles.end());
-  if (handles == e.acting_handles && e.acting.size() == e.points.size()) return;
+  bool same = handles == e.acting_handles && e.factors_made == e.acting_factors;
+  if (same && e.acting.size() == e.points.size()) return;
   e.acting.assign(e.points.size(), {});
   for (int32_t handle : handles)
-    for (size_t i = 0; i < e.acting.size(); i++) {
-      const host_attachment &one = e.adapters[size_t(handle)]->targets[i];
-      host_attachment &all = e.acting[i];
-      all.acts = all.acts || one.acts;
-      all.maps_input = all.maps_input || one.maps_input;
-      all.width = std::max(all.width, one.width);
-      all.more_terms = std::max(all.more_terms, one.more_terms);
-    }
+    for (size_t i = 0; i < e.acting.size(); i++) join(e.acting[i], e.adapters[size_t(handle)]->targets[i]);
   e.acting_handles = std::move(handles);
+  e.acting_factors = e.factors_made;
   e.acting_hash = hash_of(e.acting);
 }
 
@@ -55,7 +66,7 @@ constexpr int32_t most_tokens_of_graph = 256;
 graph_key key_of_step(const adrt_executable &e) {
   const plan &p = e.plan;
   graph_key key = {p.n_tokens, p.n_logits, p.gathers, p.adapted, int64_t(e.acting_hash)};
-  for (const segment_plan *s : {&p.tokens, &p.logits}) key.push_back(s->single);
+  for (const segment_plan *s : {&p.tokens, &p.logits}) key.insert(key.end(), {s->single, s->stacked});
   for (const segment_plan *s : {&p.tokens, &p.logits})
     for (size_t count : {s->applications.size(), s->tiles.size(), s->shrink_tiles.size()}) key.push_back(int64_t(count));
   for (const query_plan &q : p.queries) key.push_back(int64_t(q.blocks.size()));

@@ -1,0 +1,127 @@
+#include "adapted.cuh"
+
+#include <algorithm>
+
+#include "panels.cuh"
+
+namespace adaptrt {
+namespace {
+
+const host_attachment &acting(const adrt_executable &e, const product_member &m) { return e.acting[size_t(m.target)]; }
+
+}  // namespace
+
+bool acts(const adrt_executable &e, int32_t target) {
+  return target >= 0 && e.plan.adapted && e.acting[size_t(target)].acts;
+}
+
+bool adapted_members::maps_input(const adrt_executable &e, const product_member &m) const {
+  return acts(e, m.target) && acting(e, m).maps_input;
+}
+
+// Whether a term that many adapters may have is multiplied for all tokens at once.
+bool adapted_members::has_common(const adrt_executable &e, const product_member &m) const {
+  constexpr int least_tokens = 9;
+  return tokens(e) >= least_tokens && acts(e, m.target) && acting(e, m).v;
+}
+
+// Whether adapters do more there than that.
+bool adapted_members::has_other(const adrt_executable &e, const product_member &m) const {
+  return acts(e, m.target) && !(has_common(e, m) && acting(e, m).alone && !segments(e).stacked);
+}
+
+int64_t adapted_members::hidden_width(const adrt_executable &e) const {
+  int64_t width = 0;
+  for (const product_member &m : members_)
+    if (acts(e, m.target)) width += acting(e, m).width;
+  return width;
+}
+
+int64_t adapted_members::projected_width(const adrt_executable &e) const {
+  int64_t width = 0;
+  for (const product_member &m : members_)
+    if (has_common(e, m)) width += project_splits * projected_stride(acting(e, m).v->f.rows);
+  return width;
+}
+
+// The most pieces of hidden that an adapter has.
+int64_t adapted_members::chunks(const adrt_executable &e) const {
+  int64_t chunks = 0;
+  for (const product_member &m : members_)
+    if (has_other(e, m)) chunks += shrink_chunks(acting(e, m).width) + acting(e, m).more_terms;
+  return chunks;
+}
+
+adapter_call adapted_members::describe(const adrt_executable &e) const {
+  const segment_plan &s = segments(e);
+  adapter_call call = {s.device_applications, s.device_tiles, int32_t(s.tiles.size()), int32_t(members_.size())};
+  int64_t row = 0, hidden = 0;
+  for (size_t i = 0; i < members_.size(); i++) {
+    const product_member &m = members_[i];
+    call.members[i] = {m.target < 0 ? 0 : m.target, row, m.w.rows, hidden, m.bias};
+    row += m.w.rows;
+    if (acts(e, m.target)) hidden += acting(e, m).width;
+    if (has_common(e, m)) call.members[i].elsewhere = {acting(e, m).v->f.data, acting(e, m).u->f.data};
+  }
+  call.cols = members_[0].w.cols;
+  call.hidden = e.hidden.as<float>(), call.hidden_width = hidden;
+  return call;
+}
+
+bool adapted_members::can_ride(const adrt_executable &e, const adapter_call &call, const packed_matrix &product,
+                               ride_call &ride) const {
+  const segment_plan &s = segments(e);
+  if (!chunks(e) || !s.single || s.stacked || !next_sees_input(e.products.context, product, tokens(e))) return false;
+  int32_t dtype = -1;
+  int64_t width = 0;
+  for (const product_member &m : members_) {
+    if (m.bias) return false;
+    if (!acts(e, m.target)) continue;
+    const host_attachment &a = acting(e, m);
+    if (!a.lone || a.maps_input || has_common(e, m) || (dtype >= 0 && a.dtype >= 0 && a.dtype != dtype)) return false;
+    dtype = std::max(dtype, a.dtype);
+    width = std::max(width, a.width);
+  }
+  ride = {call, panel_kind(dtype), int(shrink_chunks(width))};
+  return plan_ride(ride, e.riding.bytes(), e.multiprocessors);
+}
+
+// V x of the terms in common, once a V.
+extend_call adapted_members::project(adrt_executable &e, const adapter_call &call) const {
+  int n = tokens(e);
+  extend_call later = {call.applications, segments(e).device_heads, n};
+  later.y = call.y, later.y_stride = call.y_stride;
+  float *to = e.projected.as<float>();
+  for (size_t i = 0; i < members_.size(); i++) {
+    if (!has_common(e, members_[i])) continue;
+    const host_attachment &a = acting(e, members_[i]);
+    const float *projected = nullptr;
+    for (int k = 0; k < later.n_members; k++)
+      if (later.members[k].term.v == a.v->f.data) projected = later.members[k].projected;
+    if (!projected) {
+      launch_project(e.queue(), {dense_form(e, *a.v), call.x, call.x_stride, call.cols, n, to});
+      projected = to;
+      to += project_splits * n * projected_stride(a.v->f.rows);
+    }
+    const member &m = call.members[i];
+    later.members[later.n_members++] = {m.elsewhere, m.target, dense_form(e, *a.u), projected, m.row, m.rows};
+  }
+  return later;
+}
+
+extend_call adapted_members::before(adrt_executable &e, const adapter_call &call) const {
+  extend_call left = project(e, call);
+  const segment_plan &s = segments(e);
+  adapter_call shrink = call;
+  shrink.tiles = s.device_shrink_tiles, shrink.n_tiles = int32_t(s.shrink_tiles.size());
+  launch_shrink(e.queue(), shrink, chunks(e), e.multiprocessors);
+  return left;
+}
+
+void adapted_members::after(adrt_executable &e, const adapter_call &call, const extend_call &left) const {
+  if (left.n_members) launch_extend(e.queue(), left, e.multiprocessors);
+  if (std::any_of(members_.begin(), members_.end(), [&](const product_member &m) { return m.bias || has_other(e, m); }))
+    launch_expand(e.queue(), call, segments(e).single, e.multiprocessors);
+}
+
+}  // namespace adaptrt

@@ -1,0 +1,51 @@
+// The adapters of a stage's products, which have one input: what is launched before, beside and after them.
+#ifndef ADAPTRT_CUDA_ADAPTED_CUH
+#define ADAPTRT_CUDA_ADAPTED_CUH
+#include <vector>
+
+#include "executable.cuh"
+#include "ride.cuh"
+
+namespace adaptrt {
+
+struct product_member {
+  packed_matrix w;
+  int32_t target;
+  const float *bias;
+};
+
+bool acts(const adrt_executable &e, int32_t target);
+
+class adapted_members {
+ public:
+  adapted_members(std::vector<product_member> members, bool head) : members_(std::move(members)), head_(head) {}
+
+  const std::vector<product_member> &all() const { return members_; }
+  int tokens(const adrt_executable &e) const { return head_ ? e.plan.n_logits : e.plan.n_tokens; }
+  const segment_plan &segments(const adrt_executable &e) const { return head_ ? e.plan.logits : e.plan.tokens; }
+  bool maps_input(const adrt_executable &e, const product_member &m) const;
+
+  // x and y are the caller's to fill in.
+  adapter_call describe(const adrt_executable &e) const;
+  // Whether `product` takes all adapters along in one launch beside it, `ride`.
+  bool can_ride(const adrt_executable &e, const adapter_call &call, const packed_matrix &product,
+                ride_call &ride) const;
+  // What needs no product: V x. The result says what is left.
+  extend_call before(adrt_executable &e, const adapter_call &call) const;
+  void after(adrt_executable &e, const adapter_call &call, const extend_call &left) const;
+
+  int64_t hidden_width(const adrt_executable &e) const;
+  int64_t projected_width(const adrt_executable &e) const;
+
+ private:
+  bool has_common(const adrt_executable &e, const product_member &m) const;
+  bool has_other(const adrt_executable &e, const product_member &m) const;
+  int64_t chunks(const adrt_executable &e) const;
+  extend_call project(adrt_executable &e, const adapter_call &call) const;
+
+  std::vector<product_member> members_;
+  bool head_;
+};
+
+}  // namespace adaptrt
+#endif
