@@ -49,12 +49,14 @@ def load(
     precision: Precision = "fast",
     kv_dtype: Literal["f16", "f32"] = "f16",
     registry: Registry | None = None,
+    gpu_memory: int | None = None,
 ) -> Model:
     """Open a model for inference; use it as a context manager or call `close()`.
 
     `path` is an `.adrt` file or "demo", the built-in model; `backend` is a name, a name and a device (`torch:cuda`,
     `cuda:1`), or "auto": a GPU that does what is asked and has room, else the CPU; `threads` None takes every core
-    this process may use.
+    this process may use. `gpu_memory` is how many bytes of a GPU's memory may be used, None all there is; what does not
+    fit stays on the host and is streamed (spec/backend.md).
     Raises FormatError, ModelError or BackendError, each in one line.
     """
     if threads is not None and not 1 <= threads <= 1024:
@@ -65,7 +67,9 @@ def load(
     ):
         if value not in known:
             raise RequestError(f"{name}: found {value!r}, expected {' or '.join(known)}")
-    options = LoadOptions(threads=threads or 0, precision=precision, kv_dtype=kv_dtype)
+    if gpu_memory is not None and not 1 <= gpu_memory < 2**63:
+        raise RequestError(f"gpu_memory: found {gpu_memory}, expected a number of bytes")
+    options = LoadOptions(threads or 0, precision, kv_dtype, gpu_memory=gpu_memory or 0)
     registry = registry or load_registry()
     file = open_file(DEMO if str(path) == "demo" else Path(path))
     try:

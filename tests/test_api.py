@@ -175,6 +175,12 @@ def test_closing_and_unloading_under_a_stream(model: adaptrt.Model) -> None:
             BackendError,
             "'cpu': no device after the colon",
         ),
+        (
+            lambda m, f: adaptrt.load(f["base"], backend="cpu", gpu_memory=1 << 30),
+            BackendError,
+            "'cpu': has no GPU memory to limit, found a limit of 1073741824 bytes",
+        ),
+        (lambda m, f: adaptrt.load(f["base"], gpu_memory=0), RequestError, "gpu_memory: found 0"),
         (lambda m, f: adaptrt.load(f["base"], precision="exactly"), RequestError, "exactly"),
         (lambda m, f: adaptrt.load(f["base"], threads=0), RequestError, "threads"),
     ],
@@ -188,14 +194,17 @@ def test_refusals_name_the_thing(
 
 
 class Chips(ReferenceBackend):
-    """A backend for several devices, which notes the one it was asked for."""
+    """A backend for several devices, which notes what it was asked for."""
 
-    takes_device = True
+    takes_device = takes_gpu_memory = True
     device: str
 
     def load(self, program: Program, tensors: Mapping[str, Tensor], options: LoadOptions) -> Any:
-        self.device = options.device
-        return super().load(program, tensors, options)
+        self.device, self.gpu_memory = options.device, options.gpu_memory
+        self.prefetched: list[tuple[int, ...]] = []
+        executable: Any = super().load(program, tensors, options)
+        executable.prefetch = lambda handles: self.prefetched.append(tuple(handles))
+        return executable
 
 
 @pytest.mark.parametrize(("choice", "device"), [("chips", ""), ("chips:1", "1"), ("chips:cuda:1", "cuda:1")])
@@ -204,8 +213,27 @@ def test_a_backend_gets_the_device_after_the_first_colon(
 ) -> None:
     chips = Chips()
     registry = replace(load_registry(), backends={"chips": chips})
-    with adaptrt.load(files["base"], choice, registry=registry) as model:
-        assert chips.device == device and model.describe().startswith("reference")
+    with adaptrt.load(files["base"], choice, registry=registry, gpu_memory=77) as model:
+        assert (chips.device, chips.gpu_memory) == (device, 77)
+        assert model.describe().startswith("reference")
+
+
+def test_adapters_are_announced_when_a_request_names_them_and_while_it_waits(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adaptrt.engine.engine.MAX_SEQUENCES", 1)
+    chips = Chips()
+    registry = replace(load_registry(), backends={"chips": chips})
+    with adaptrt.load(files["base"], "chips", registry=registry) as model:
+        a, b = model.load_adapter(files["a"]), model.load_adapter(files["b"])
+        requests = [adaptrt.Request([5, 6], name, adaptrt.Sampling(max_tokens=2)) for name in (a, b)]
+        chunks = model.generate_batch([*requests, adaptrt.Request([5], {}, adaptrt.Sampling(max_tokens=1))])
+        assert chips.prefetched == []
+        next(chunks)
+        assert chips.prefetched == [(0,), (1,), (0,), (1,), (1,)]  # checked, then run; the second one waits
+        for _ in chunks:
+            pass
+        assert chips.prefetched[5:] == [(1,)]
 
 
 def test_f16_cache_is_close_to_f32(files: dict[str, Path]) -> None:

@@ -102,6 +102,8 @@ def test_product_rows_compare_and_average() -> None:
     table = product_rows(ours, {"lib": theirs}, Peaks(16.0, 0.0))
     assert [row["faster"]["lib"][1] for row in table] == [2, 8] and table[0]["percent_of_floor"] == 50
     assert product_rows(ours, {"lib": theirs}, Peaks())[0]["percent_of_floor"] is None
+    streaming = Peaks(16.0, 0.0, bus_bytes_per_second=4.0, streamed_bytes=3)  # 0.75 s of the second
+    assert product_rows(ours, {"lib": theirs}, streaming)[0]["percent_of_floor"] == 75
     assert geometric_means(table) == [{"tokens": 1, "faster": {"lib": pytest.approx(4)}}]
 
 

@@ -11,7 +11,7 @@ from adaptrt.backends.base import LoadOptions
 from adaptrt.backends.choose import load_executable
 from adaptrt.backends.cpu import CpuBackend
 from adaptrt.backends.cuda import CudaBackend
-from adaptrt.backends.native import ERRORS, Calls, native_module
+from adaptrt.backends.native import ABI_VERSION, ERRORS, Calls, native_module
 from adaptrt.errors import BackendError, NoMemoryError, UnavailableError
 from adaptrt.testing.programs import decoder
 
@@ -20,6 +20,7 @@ class Made:
     """A backend whose executable is its own name."""
 
     takes_device = True
+    takes_gpu_memory = False
 
     def __init__(self, name: str, reason: str | None = None, error: BackendError | None = None) -> None:
         self.name, self.reason, self.error, self.options = name, reason, error, LoadOptions()
@@ -98,6 +99,20 @@ def test_options_arrive_and_a_device_only_by_name() -> None:
     assert auto(CPU, cuda, choice="cuda:1")[1] == "cuda:1" and cuda.options.device == "1"
 
 
+def test_a_limit_of_gpu_memory_goes_to_a_backend_that_keeps_it_and_to_no_other() -> None:
+    plain, cuda = Made("cuda"), Made("cuda")
+    cuda.takes_gpu_memory = True
+    assert auto(CPU, cuda, gpu_memory=5)[1] == "cuda" and cuda.options.gpu_memory == 5
+    for backends in ((CPU,), (plain, CPU), (CPU, Made("cuda", "no driver"))):
+        with pytest.raises(
+            BackendError, match=r"'(cpu|cuda)': has no GPU memory to limit, found a limit of 5 bytes"
+        ):
+            auto(*backends, gpu_memory=5)
+    cuda.error = NoMemoryError("at least 9 MiB")
+    with pytest.raises(NoMemoryError, match="at least 9 MiB"):
+        auto(CPU, cuda, gpu_memory=5)
+
+
 @pytest.mark.parametrize("options", [{"precision": "exact"}, {"kv_dtype": "f32"}])
 def test_what_cuda_does_not_offer_auto_finds_elsewhere(options: dict[str, Any]) -> None:
     """On every machine: with a GPU its backend refuses these, without one it is not there."""
@@ -112,7 +127,7 @@ def test_codes_of_the_header_become_kinds_of_error() -> None:
     module = native_module("cpu")
 
     table = module.ffi.new(
-        "adrt_backend *", {"abi_version": 2, "struct_bytes": module.ffi.sizeof("adrt_backend")}
+        "adrt_backend *", {"abi_version": ABI_VERSION, "struct_bytes": module.ffi.sizeof("adrt_backend")}
     )
     calls = Calls(module, table, "made")
     assert calls.constant("NO_MEMORY") == 2 and set(ERRORS) == {"NO_MEMORY", "UNAVAILABLE"}

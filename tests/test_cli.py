@@ -88,6 +88,10 @@ def test_version() -> None:
         (["run", "m.adrt", "--chat", "--json"], "--json does not go with a chat"),
         (["run", "m.adrt", "-p", "x", "--system", "y"], "--system goes with a chat only"),
         (["run", "m.adrt", "--precision", "half"], "Invalid value for '--precision'"),
+        (
+            ["run", "m.adrt", "--gpu-memory", "6X"],
+            "Invalid value for '--gpu-memory': '6X', expected a size like 6GiB, 6G, 800M or 6GB",
+        ),
         (["eval", "m.adrt"], "Missing option '--text' (see 'adaptrt eval --help')"),
         (["adapter", "sing"], "No such command 'sing' (see 'adaptrt adapter --help')"),
     ],
@@ -97,6 +101,30 @@ def test_wrong_usage_is_one_line_and_code_2(args: list[str], message: str) -> No
     assert (outcome.code, outcome.out) == (2, "")
     assert outcome.error.startswith(message)
     assert outcome.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"),
+    [
+        ("6GiB", 6 << 30),
+        ("6g", 6 << 30),
+        ("6GB", 6 * 10**9),
+        ("800M", 800 << 20),
+        ("1.5 KiB", 1536),
+        ("12", 12),
+        ("7B", 7),
+    ],
+)
+def test_sizes(text: str, n_bytes: int) -> None:
+    outcome = adaptrt_cli("run", "demo", "--backend", "cpu", "--gpu-memory", text)
+    assert outcome.code == 1
+    assert outcome.error == f"backend 'cpu': has no GPU memory to limit, found a limit of {n_bytes} bytes"
+
+
+@pytest.mark.parametrize("text", ["", "0", "0.4", "-1", "1e3", "6 G B", "99999999T", "GiB"])
+def test_what_is_no_size(text: str) -> None:
+    outcome = adaptrt_cli("run", "demo", "--gpu-memory", text)
+    assert outcome.code == 2 and f"{text!r}, expected a size like 6GiB" in outcome.error
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,10 @@ LOADS = {
     "page huge": (set_options(page_tokens=1 << 30), "power of two"),
     "unknown precision": (set_options(precision=3), "precision 3"),
     "unknown instruction set": (set_options(isa=9), "instruction set 9"),
+    "a limit of GPU memory": (
+        set_options(gpu_memory=5),
+        "5 bytes of GPU memory are allowed, but the CPU has none",
+    ),
 }
 
 

@@ -83,6 +83,37 @@ def test_pool_takes_nothing_when_memory_is_short() -> None:
     assert len(set(again)) == 3
 
 
+def test_sequences_wait_for_one_another_when_memory_is_shorter_than_the_budget() -> None:
+    def reserve(n_pages: int) -> None:
+        if n_pages > 12:
+            raise BackendError("no memory")
+
+    scheduler = Scheduler(PagePool(reserve, PAGE), 64, 8, 1000)
+    waiting = [Sequence(index, list(range(20)), ()) for index in range(5)]  # 5 pages each
+    for sequence in waiting:
+        scheduler.add(sequence)
+    done = []
+    while slices := scheduler.schedule():
+        assert sum(len(piece.sequence.pages) for piece in slices) <= 12
+        for piece in slices:
+            piece.sequence.computed += piece.count
+            if not piece.sequence.pending:
+                done.append(piece.sequence.index)
+                scheduler.finish(piece.sequence)
+    assert sorted(done) == list(range(5))
+    scheduler.add(Sequence(9, list(range(200)), ()))
+    with pytest.raises(BackendError, match="no memory"):
+        scheduler.schedule()
+
+
+def test_the_adapters_of_waiting_sequences_are_upcoming() -> None:
+    scheduler = Scheduler(PagePool(lambda _: None, PAGE), 64, 2, 1000)
+    for index in range(9):
+        scheduler.add(Sequence(index, [1, 2], (index, 10 + index)[: 1 + index % 2]))
+    scheduler.schedule()
+    assert scheduler.upcoming() == [2, 3, 13, 4, 5, 15]
+
+
 def test_batch_arrays_are_int32_and_ragged() -> None:
     pool = PagePool(lambda _: None, PAGE)
     scheduler = Scheduler(pool, 16, 4, 100)

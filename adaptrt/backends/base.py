@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -23,7 +23,8 @@ class LoadOptions:
     """How to run a model. `threads` 0 means one per available core; `isa` forces a CPU kernel set (tests).
 
     `device` is what the user wrote after the backend's name and a colon (`cuda:1` → "1"), or empty: the backend
-    picks. Only a backend that sets `takes_device` is ever given one.
+    picks. Only a backend that sets `takes_device` is ever given one. `gpu_memory` is how many bytes of the device's
+    memory may be used, 0 all there is; only a backend that sets `takes_gpu_memory` is ever given a limit.
     """
 
     threads: int = 0
@@ -32,6 +33,7 @@ class LoadOptions:
     page_tokens: int = 32
     isa: Literal["auto", "portable", "avx2", "avx512", "avx512_vnni", "neon", "neon_dot", "avx_vnni"] = "auto"
     device: str = ""
+    gpu_memory: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,17 +57,29 @@ class Batch:
 
 @dataclass(frozen=True)
 class Peaks:
-    """What the hardware does at best, 0 where that is not known; `device_bytes` of its own memory are in use."""
+    """What the hardware does at best, 0 where that is not known; `device_bytes` of its own memory are in use.
+
+    `streamed_bytes` of weights come over the bus in every step.
+    """
 
     bytes_per_second: float = 0.0
     operations_per_second: float = 0.0
     device_bytes: int = 0
+    bus_bytes_per_second: float = 0.0
+    streamed_bytes: int = 0
+
+    @property
+    def bus_seconds(self) -> float:
+        """Of a step."""
+        return self.streamed_bytes / self.bus_bytes_per_second if self.streamed_bytes else 0.0
 
 
 class Executable(Protocol):
     """A loaded model. Used by one thread at a time.
 
     One that knows its hardware has `peaks() -> Peaks`, which `adaptrt bench` compares with.
+    One that moves idle adapters out of its device's memory has `prefetch(handles)`: the adapters of these handles will
+    be named soon, so they come back while the next step runs.
     """
 
     def reserve(self, n_pages: int) -> None:
@@ -87,10 +101,17 @@ class Executable(Protocol):
         """Free everything; safe to call twice."""
 
 
+def prefetch(executable: Executable, handles: Sequence[int]) -> None:
+    """Say that adapters will be named soon, where that means anything."""
+    if handles and (bring := getattr(executable, "prefetch", None)):
+        bring(handles)
+
+
 class Backend(Protocol):
     """Something that runs Programs. Registered through the `adaptrt_backends` hook.
 
-    A backend for several devices has `takes_device = True` and reads LoadOptions.device.
+    A backend for several devices has `takes_device = True` and reads LoadOptions.device; one that keeps within a limit
+    of device memory has `takes_gpu_memory = True` and reads LoadOptions.gpu_memory.
     """
 
     name: str

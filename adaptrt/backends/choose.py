@@ -25,23 +25,35 @@ def load_executable(
 ) -> tuple[Executable, str]:
     """Load a program on NAME, NAME:DEVICE or "auto"; returns what it became and the choice without "auto".
 
-    "auto" passes over a device that does not offer what `options` ask, and with a warning one that lacks the memory.
-    Raises BackendError.
+    "auto" passes over a device that does not offer what `options` ask, and with a warning one that lacks the memory,
+    unless a limit of GPU memory was given. Raises BackendError.
     """
     if choice != "auto":
         backend, device = choose_backend(backends, choice)
-        return backend.load(program, tensors, replace(options, device=device)), choice
+        return _load(backend, program, tensors, replace(options, device=device)), choice
     for backend in _available(backends, DEVICES):
         try:
-            return backend.load(program, tensors, options), backend.name
+            return _load(backend, program, tensors, options), backend.name
         except UnavailableError as error:
             log.debug("auto passes over %s", error)
         except NoMemoryError as error:
+            if options.gpu_memory:
+                raise
             log.warning("%s; running on the CPU instead", error)
     host = next(_available(backends, HOSTS), None)
     if host is None:
         raise BackendError("no backend is available")
-    return host.load(program, tensors, options), host.name
+    return _load(host, program, tensors, options), host.name
+
+
+def _load(
+    backend: Backend, program: Program, tensors: Mapping[str, Tensor], options: LoadOptions
+) -> Executable:
+    if options.gpu_memory and not getattr(backend, "takes_gpu_memory", False):
+        raise BackendError(
+            f"backend {backend.name!r}: has no GPU memory to limit, found a limit of {options.gpu_memory} bytes"
+        )
+    return backend.load(program, tensors, options)
 
 
 def choose_backend(backends: Backends, choice: str) -> tuple[Backend, str]:

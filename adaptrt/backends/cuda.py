@@ -19,6 +19,7 @@ class CudaBackend:
 
     name = "cuda"
     takes_device = True
+    takes_gpu_memory = True
 
     def unavailable(self) -> str | None:
         """Why no GPU can be used here, or None."""

@@ -6,7 +6,8 @@ A backend module supplies the table (`adrt_backend *`) and its name; the rest, f
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +23,7 @@ from adaptrt.errors import BackendError, ClosedError, NoMemoryError, Unavailable
 from adaptrt.program import Add, Attention, Embed, Gated, Linear, Norm, Op, Program, Rope, Scale
 from adaptrt.tensor import Tensor, rows_cols
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 ERRORS = {"NO_MEMORY": NoMemoryError, "UNAVAILABLE": UnavailableError}  # any other code is a BackendError
 ITEM_ALIGNMENT = {"f32": 4, "f16": 2, "bf16": 2, "int8": 2, "nf4": 4}
 
@@ -230,6 +231,7 @@ class NativeExecutable:
             "page_tokens": options.page_tokens,
             "isa": calls.constant("ISA_" + options.isa.upper()),
             "device": device,
+            "gpu_memory": options.gpu_memory,
         }
         rows = self._loaded.points[program.targets[-1]].out
         if rows != program.vocab_size:
@@ -278,6 +280,12 @@ class NativeExecutable:
         self._calls("detach", self._open(), handle)
         del self._adapters[handle]
 
+    def prefetch(self, handles: Sequence[int]) -> None:
+        """Say that adapters will be named soon. Raises BackendError for an unknown handle."""
+        structs = Structs(self._calls)
+        if self._calls.table.prefetch != self._ffi.NULL:
+            self._calls("prefetch", self._open(), len(handles), structs.array("int32_t", handles))
+
     def step(self, batch: Batch) -> NDArray[np.float32]:
         """Run every token, store its keys and values, return logits [n_logits, vocabulary].
 
@@ -316,7 +324,7 @@ class NativeExecutable:
             return Peaks()
         out = self._ffi.new("adrt_peaks *")
         self._calls("peaks", self._open(), out)
-        return Peaks(out.bytes_per_second, out.operations_per_second, out.device_bytes)
+        return Peaks(**{field.name: getattr(out, field.name) for field in fields(Peaks)})
 
     def close(self) -> None:
         """Free everything; safe to call twice."""

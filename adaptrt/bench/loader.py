@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from adaptrt.adapters.base import BaseView
 from adaptrt.backends.base import Backend, Executable, LoadOptions, Precision
@@ -22,15 +22,14 @@ class Loader:
 
     backends: Mapping[str, Backend]
     choice: str
-    threads: int
-    precision: Precision
+    options: LoadOptions
     cleanup: ExitStack = field(default_factory=ExitStack)
 
     def load(
         self, program: Program, tensors: Mapping[str, Tensor], precision: Precision | None = None
     ) -> Executable:
         """The program, until `cleanup` closes it. Raises BackendError."""
-        options = LoadOptions(threads=self.threads, precision=precision or self.precision)
+        options = replace(self.options, precision=precision or self.options.precision)
         executable, self.choice = load_executable(self.backends, self.choice, program, tensors, options)
         self.cleanup.callback(executable.close)
         return executable

@@ -71,6 +71,7 @@ def geometric_means(table: Sequence[Row]) -> list[Row]:
 def _percent(work: Work, peaks: Peaks) -> float | None:
     """None where the hardware's peaks are not known."""
     floor = work.floor_seconds(peaks.bytes_per_second, peaks.operations_per_second)
+    floor = max(floor, peaks.bus_seconds)
     return 100 * floor / work.median_seconds if floor else None
 
 
@@ -85,6 +86,9 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
         operations = report["operations_peak"]
         peak = f", arithmetic peak {operations / 1e9:.0f} GOP/s" if operations else ""
         yield f"memory bandwidth {report['bandwidth'] / 1e9:.1f} GB/s{peak}"
+    if streamed := report.get("streamed_bytes"):
+        bus = report["bus_bandwidth"]
+        yield f"bus bandwidth {bus / 1e9:.1f} GB/s, {streamed / 1e9:.3f} GB of weights over it each step"
     if "rows" in report:
         yield from _model_lines(report)
     if "products" in report:

@@ -21,7 +21,7 @@ from adaptrt.adapters.base import BaseView, open_base
 from adaptrt.adapters.normal import LoweredAdapter
 from adaptrt.adapters.stack import lower
 from adaptrt.api import find_adapter
-from adaptrt.backends.base import Executable, Peaks
+from adaptrt.backends.base import Executable, LoadOptions, Peaks
 from adaptrt.backends.cpu import available_cores
 from adaptrt.bench.loader import PAGE_TOKENS, Loader
 from adaptrt.bench.peers import Setup
@@ -97,7 +97,8 @@ def command(
     settings, registry = Settings(**settings_by_name), load_registry()
     shape = shape or "tinyllama"
     threads = loading.threads or available_cores()
-    loader = Loader(registry.backends, loading.backend, threads, loading.precision)  # type: ignore[arg-type]
+    options = LoadOptions(threads, loading.precision, gpu_memory=loading.gpu_memory or 0)  # type: ignore[arg-type]
+    loader = Loader(registry.backends, loading.backend, options)
     report: dict[str, Any] = {"model": model or shape}
     if set(peers) != {OF_PRODUCTS}:
         path = model_path(model) if model else _made(shape, registry)
@@ -123,7 +124,7 @@ def _bench_model(
         lowered = _adapters(choices, file, base, registry, settings, cleanup)
         subject, length = loader.subject(base), base.program.context_length
         ours = model_works(subject, lowered, settings.steps, prompt_lengths(length))
-        if loader.precision == "fast":
+        if loader.options.precision == "fast":
             with suppress(BackendError):  # a backend may offer `fast` alone
                 exact = loader.subject(base, "exact")
                 ours.append(exact.decode("decode 1 stream, exact", [()], 0, settings.steps))
@@ -138,6 +139,8 @@ def _bench_model(
             "backend": subject.executable.describe(),
             "bandwidth": peaks.bytes_per_second,
             "operations_peak": peaks.operations_per_second,
+            "bus_bandwidth": peaks.bus_bytes_per_second,
+            "streamed_bytes": peaks.streamed_bytes,
             "first_token_seconds": (min(seconds), statistics.median(seconds), max(seconds)),
             "peak_memory_bytes": None if peers else _peak_memory(),  # a peer's would be in it
             "device_memory_bytes": None if peers else peaks.device_bytes,
@@ -242,7 +245,7 @@ def _peer(name: str, path: str | Path, base: BaseView, loader: Loader, steps: in
     with open_file(path) as file:
         lengths = prompt_lengths(base.program.context_length)[:2]
         setup = Setup(
-            file.metadata, base.specs, Path(path), loader.threads, loader.torch_device, steps, lengths
+            file.metadata, base.specs, Path(path), loader.options.threads, loader.torch_device, steps, lengths
         )
         works: list[Work] = peer.works(setup)
     return works

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -120,13 +121,20 @@ class Loading:
     backend: str
     threads: int | None
     precision: str
+    gpu_memory: int | None
 
     @contextmanager
     def open(self, path: str) -> Iterator[tuple[Model, Attached]]:
         """Load the model, ready to take adapters, and close it at the end of the block."""
         from adaptrt.api import load
 
-        with load(path, self.backend, self.threads, self.precision) as model:  # type: ignore[arg-type]
+        with load(
+            path,
+            self.backend,
+            self.threads,
+            self.precision,  # type: ignore[arg-type]
+            gpu_memory=self.gpu_memory,
+        ) as model:
             yield model, Attached(model)
 
 
@@ -152,6 +160,19 @@ class Attached:
         return self._names[source]
 
 
+def parse_size(ctx: click.Context, param: click.Parameter, text: str | None) -> int | None:
+    """Bytes: 6GiB or 6G, 512MiB, or 6GB in powers of 1000. Raises BadParameter for anything else."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([KMGT])(iB|B)?|B)?", text, re.IGNORECASE)
+    number, prefix, unit = found.groups() if found else ("0", None, None)
+    factor = 1000 if (unit or "").upper() == "B" else 1024
+    n_bytes = int(float(number) * factor ** " KMGT".index((prefix or " ").upper()))
+    if not 1 <= n_bytes < 2**63:
+        raise click.BadParameter(f"{text!r}, expected a size like 6GiB, 6G, 800M or 6GB")
+    return n_bytes
+
+
 loading_options = grouped(
     "loading",
     Loading,
@@ -169,6 +190,12 @@ loading_options = grouped(
         default="fast",
         show_default=True,
         help="exact computes in float32.",
+    ),
+    click.option(
+        "--gpu-memory",
+        callback=parse_size,
+        metavar="SIZE",
+        help="Of a GPU, e.g. 6GiB; weights beyond it are streamed from the host.  [default: all]",
     ),
 )
 

@@ -11,7 +11,7 @@ from adaptrt.adapters.invocation import acts_from, invocation_tokens
 from adaptrt.adapters.normal import LoweredAdapter
 from adaptrt.adapters.sharing import SharedTensors
 from adaptrt.adapters.variant import Adapter, Progress, no_progress
-from adaptrt.backends.base import Executable
+from adaptrt.backends.base import Executable, prefetch
 from adaptrt.errors import AdapterError, UnknownAdapterError
 
 Stack = Sequence[tuple[str, float]]  # (adapter name, scale) in stacking order
@@ -73,6 +73,7 @@ class AdapterSet:
             handles = tuple(self._attach(name, scale) for name, scale in stack)
             self._in_use.update(name for name, _ in stack)
         try:
+            prefetch(self._executable, handles)
             yield handles
         finally:
             with self._lock:

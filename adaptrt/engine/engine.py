@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptrt.backends.base import Executable
+from adaptrt.backends.base import Executable, prefetch
 from adaptrt.engine.pages import PagePool
 from adaptrt.engine.request import Chunk, FinishReason, Sampling
 from adaptrt.engine.sampler import Sampler
@@ -134,6 +134,7 @@ class Engine:
             scheduler.add(sequence)
         try:
             while slices := scheduler.schedule():
+                prefetch(self.executable, scheduler.upcoming())
                 yield from self._advance(slices, answers, scheduler)
         finally:
             scheduler.close()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
 
 from adaptrt.adapters.normal import LoweredAdapter
-from adaptrt.backends.base import Batch, Executable
+from adaptrt.backends.base import Batch, Executable, prefetch
 from adaptrt.errors import ClosedError
 
 
@@ -42,6 +42,11 @@ class GuardedExecutable:
         """See Executable.detach."""
         with self._open() as executable:
             executable.detach(handle)
+
+    def prefetch(self, handles: Sequence[int]) -> None:
+        """See Executable."""
+        with self._open() as executable:
+            prefetch(executable, handles)
 
     def step(self, batch: Batch) -> NDArray[np.float32]:
         """See Executable.step."""

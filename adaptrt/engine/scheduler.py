@@ -6,12 +6,15 @@ from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 
 from adaptrt.backends.base import Batch
 from adaptrt.engine.pages import PagePool
+from adaptrt.errors import BackendError
+
+LOOK_AHEAD = 4  # waiting sequences whose adapters are brought near
 
 
 @dataclass(eq=False)
@@ -100,20 +103,36 @@ class Scheduler:
                 budget -= count
         return [piece for piece in slices if piece.sequence in self._running]
 
+    def upcoming(self) -> list[int]:
+        """The adapters of the sequences that come next, once others end."""
+        return [handle for sequence in islice(self._waiting, LOOK_AHEAD) for handle in sequence.stack]
+
     def _make_room(self, sequence: Sequence, n_tokens: int) -> bool:
         """Give the sequence pages for n_tokens, preempting younger ones; False when it was itself the youngest."""
-        missing = self._pool.needed(n_tokens) - len(sequence.pages)
-        while missing > self._max_pages - sum(len(s.pages) for s in self._running):
+        missing = max(0, self._pool.needed(n_tokens) - len(sequence.pages))
+        while not self._take(sequence, missing):
             youngest = self._running[-1]
             if youngest is sequence and len(self._running) == 1:
-                break  # alone it always fits: the budget holds a whole context
+                sequence.pages += self._pool.take(missing)  # alone it fits: the budget holds a whole context
+                return True
             self._running.pop()
             self._release(youngest)
             youngest.computed = 0
             self._waiting.appendleft(youngest)
             if youngest is sequence:
                 return False
-        sequence.pages += self._pool.take(max(missing, 0))
+        return True
+
+    def _take(self, sequence: Sequence, count: int) -> bool:
+        """Give the sequence pages, if the budget and the memory have them. What memory lacks, the budget loses."""
+        used = sum(len(s.pages) for s in self._running)
+        if used + count > self._max_pages:
+            return False
+        try:
+            sequence.pages += self._pool.take(count)
+        except BackendError:
+            self._max_pages = used
+            return False
         return True
 
     def _release(self, sequence: Sequence) -> None:

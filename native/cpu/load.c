@@ -238,6 +238,9 @@ int cpu_load(const adrt_program *program, const adrt_options *options, adrt_exec
   int code = cpu_validate_options(options, error);
   if (code == ADRT_OK) code = cpu_validate_program(program, error);
   if (code != ADRT_OK) return code;
+  if (options->gpu_memory)
+    return cpu_fail(error, ADRT_BAD_ARGUMENT, "%llu bytes of GPU memory are allowed, but the CPU has none",
+                    (unsigned long long)options->gpu_memory);
   const kernels *k = cpu_choose_kernels(options->isa);
   if (!k) return cpu_fail(error, ADRT_UNAVAILABLE, "this CPU lacks instruction set %d", options->isa);
   adrt_executable *e = cpu_calloc(1, sizeof *e);

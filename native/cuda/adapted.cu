@@ -19,10 +19,8 @@ bool adapted_members::maps_input(const adrt_executable &e, const product_member 
   return acts(e, m.target) && acting(e, m).maps_input;
 }
 
-// Whether a term that many adapters may have is multiplied for all tokens at once.
 bool adapted_members::has_common(const adrt_executable &e, const product_member &m) const {
-  constexpr int least_tokens = 9;
-  return tokens(e) >= least_tokens && acts(e, m.target) && acting(e, m).v;
+  return tokens(e) >= least_common_tokens && acts(e, m.target) && acting(e, m).v;
 }
 
 // Whether adapters do more there than that.

@@ -35,16 +35,36 @@ class attaching {
     made_->targets.resize(e.points.size());
   }
 
-  void add(const adrt_attachment &in) {
+  void check_fit(const adrt_attachment &in) {
     if (in.target < 0 || size_t(in.target) >= table_.size() || table_[size_t(in.target)].acts)
       fail(ADRT_BAD_ARGUMENT, "attach: target %d of %zu is %s", in.target, table_.size(),
            in.target >= 0 && size_t(in.target) < table_.size() ? "given twice" : "out of range");
-    const attach_point &point = e_.points[size_t(in.target)];
     adrt_error error;
-    check(cpu_validate_attachment(&in, &point, &error), error);
+    check(cpu_validate_attachment(&in, &e_.points[size_t(in.target)], &error), error);
+    table_[size_t(in.target)].acts = true;
+  }
+
+  // The tensors that no other adapter has brought, into one piece of memory.
+  void bring_factors(const std::vector<adrt_attachment> &attachments) {
+    for (const adrt_attachment &in : attachments)
+      for (int32_t k = 0; k < in.n_terms; k++) {
+        const adrt_term &t = in.terms[k];
+        if (t.kind == ADRT_SPARSE) continue;
+        forms f = forms_of(t, e_.points[size_t(in.target)]);
+        need(t.v, f.v);
+        if (t.u.data) need(t.u, f.u);
+      }
+    if (arrivals_.empty()) return;
+    auto memory = std::make_shared<device_memory>(made_->factor_bytes, "an adapter's tensors");
+    for (arrival &a : arrivals_) place(a, memory);
+    upload();
+  }
+
+  void add(const adrt_attachment &in) {
+    const attach_point &point = e_.points[size_t(in.target)];
     attachment &out = table_[size_t(in.target)];
     host_attachment &host = made_->targets[size_t(in.target)];
-    out.acts = host.acts = true;
+    host.acts = true;
     out.scales_bias = in.scales_bias != 0;
     out.n_terms = in.n_terms;
     first_terms_.push_back({size_t(in.target), terms_.size()});
@@ -77,7 +97,7 @@ class attaching {
       for (const float **pointer : {&a.g_in, &a.rotation, &a.g_out, &a.c}) relocate(*pointer, made_->vectors);
     if (head) e_.uploader->copy(made_->table.bytes(), table_.data(), head);
     if (tail) e_.uploader->copy(made_->table.bytes() + head, terms_.data(), tail);
-    check(cudaStreamSynchronize(e_.queues.main), "attaching an adapter");
+    check(cudaStreamSynchronize(e_.queues.adapters), "attaching an adapter");
     return std::move(made_);
   }
 
@@ -98,9 +118,8 @@ class attaching {
       bool kronecker = in.kind == ADRT_KRONECKER;
       t.identity = !in.u.data;
       t.width = kronecker ? in.u.cols * in.v.rows : in.v.rows;
-      factor_form v_form = factor_form::rows, u_form = kronecker ? factor_form::rows : factor_form::turned_rows;
-      if (!kronecker && point.kind != ADRT_EMBED) v_form = factor_form::v_panels, u_form = factor_form::u_panels;
-      shared_factor *v = share(in.v, v_form), *u = t.identity ? nullptr : share(in.u, u_form);
+      forms f = forms_of(in, point);
+      shared_factor *v = share(in.v, f.v), *u = t.identity ? nullptr : share(in.u, f.u);
       t.v = v->f;
       if (u) t.u = u->f;
       bool first = first_terms_.back().second == terms_.size();
@@ -112,34 +131,78 @@ class attaching {
     terms_.push_back(t);
   }
 
+  struct forms {
+    factor_form v, u;
+  };
+  static forms forms_of(const adrt_term &t, const attach_point &point) {
+    if (t.kind == ADRT_KRONECKER) return {factor_form::rows, factor_form::rows};
+    if (point.kind == ADRT_EMBED) return {factor_form::rows, factor_form::turned_rows};
+    return {factor_form::v_panels, factor_form::u_panels};
+  }
+
+  // One that was needed before.
   shared_factor *share(const adrt_tensor &tensor, factor_form form) {
-    std::weak_ptr<shared_factor> &known = e_.factors[{key_of(tensor), form}];
-    std::shared_ptr<shared_factor> shared = known.lock();
-    if (!shared) {
-      shared = std::make_shared<shared_factor>(upload(tensor, form));
-      shared->number = ++e_.factors_made;
-      known = shared;
-    }
-    made_->factors.push_back(shared);
+    std::shared_ptr<shared_factor> shared = e_.factors[{key_of(tensor), form}].lock();
     shared->terms++;
     return shared.get();
   }
 
-  shared_factor upload(const adrt_tensor &tensor, factor_form form) {
-    shared_factor made = {describe_factor(tensor, form)};
-    made.memory = device_memory(factor_bytes(made.f), "an adapter's tensor");
-    made.f.data = made.memory.bytes();
-    if (factor_bytes(made.f) > factor_data_bytes(made.f))
-      made.f.scales = reinterpret_cast<const float *>(made.memory.bytes() + factor_data_bytes(made.f));
-    if (tensor.bytes > e_.stored.size()) {
-      check(cudaStreamSynchronize(e_.queues.main), "attaching an adapter");
-      e_.stored = device_memory();
-      e_.stored = device_memory(std::max<size_t>(tensor.bytes, size_t(1) << 20), "an adapter's tensor");
+  struct arrival {
+    const adrt_tensor *tensor;
+    std::shared_ptr<shared_factor> factor;
+    size_t offset;
+  };
+
+  void need(const adrt_tensor &tensor, factor_form form) {
+    std::weak_ptr<shared_factor> &known = e_.factors[{key_of(tensor), form}];
+    std::shared_ptr<shared_factor> shared = known.lock();
+    if (!shared) {
+      shared = std::make_shared<shared_factor>();
+      shared->f = describe_factor(tensor, form);
+      shared->number = ++e_.factors_made;
+      known = shared;
+      arrivals_.push_back({&tensor, shared, made_->factor_bytes});
+      made_->factor_bytes += size_t(cpu_align(int64_t(factor_bytes(shared->f)), 256));
     }
-    e_.uploader->copy(e_.stored.bytes(), tensor.data, tensor.bytes);
-    launch_pack_factor(tensor, e_.stored.bytes(), made.f, e_.queues.main);
-    return made;
+    made_->factors.push_back(shared);
   }
+
+  void place(arrival &a, const std::shared_ptr<device_memory> &memory) {
+    factor &f = a.factor->f;
+    a.factor->memory = memory;
+    f.data = memory->bytes() + a.offset;
+    if (factor_bytes(f) > factor_data_bytes(f)) f.scales = reinterpret_cast<const float *>(f.data + factor_data_bytes(f));
+  }
+
+  // As many tensors at a time as `stored` holds: all threads copy, then each tensor is packed.
+  void upload() {
+    constexpr size_t enough = size_t(32) << 20;
+    size_t largest = 0, all = 0;
+    for (const arrival &a : arrivals_) {
+      largest = std::max(largest, stored_bytes(a));
+      all += stored_bytes(a);
+    }
+    size_t wanted = std::max(largest, std::min(all, enough));
+    if (wanted > e_.stored.size()) {
+      e_.stored = device_memory();
+      e_.stored = device_memory(wanted, "an adapter's tensors");
+    }
+    for (size_t first = 0, end = 0; first < arrivals_.size(); first = end) {
+      std::vector<uploader::part> parts;
+      size_t at = 0;
+      for (; end < arrivals_.size() && at + stored_bytes(arrivals_[end]) <= e_.stored.size(); end++) {
+        const adrt_tensor &t = *arrivals_[end].tensor;
+        parts.push_back({at, t.data, t.bytes});
+        at += stored_bytes(arrivals_[end]);
+      }
+      e_.uploader->copy(e_.stored.bytes(), parts);
+      for (size_t i = first; i < end; i++)
+        launch_pack_factor(*arrivals_[i].tensor, e_.stored.bytes() + parts[i - first].at, arrivals_[i].factor->f,
+                           e_.queues.adapters);
+    }
+  }
+
+  static size_t stored_bytes(const arrival &a) { return size_t(cpu_align(int64_t(a.tensor->bytes), 256)); }
 
   adrt_executable &e_;
   std::unique_ptr<adapter> made_;
@@ -147,37 +210,32 @@ class attaching {
   std::vector<term> terms_;
   std::vector<std::pair<size_t, size_t>> first_terms_;  // target, its first term
   blob vectors_;
+  std::vector<arrival> arrivals_;
 };
+
+}  // namespace
 
 void forget_released(adrt_executable &e) {
   for (auto i = e.factors.begin(); i != e.factors.end();) i = i->second.expired() ? e.factors.erase(i) : std::next(i);
 }
 
-}  // namespace
-
 // As rows of bfloat16.
 const dense_factor &dense_form(adrt_executable &e, shared_factor &s) {
   if (s.dense.data) return s.dense;
-  s.dense = describe_dense(s.f);
-  size_t bytes = size_t(s.dense.rows * s.dense.stride) * sizeof(__nv_bfloat16);
-  s.dense_memory = device_memory(bytes, "an adapter's tensor");
-  s.dense.data = s.dense_memory.as<__nv_bfloat16>();
-  launch_densify(e.queue(), s.f, s.dense);
-  return s.dense;
+  dense_factor dense = describe_dense(s.f);
+  s.dense_memory = device_memory(size_t(dense.rows * dense.stride) * sizeof(__nv_bfloat16), "an adapter's tensor");
+  dense.data = s.dense_memory.as<__nv_bfloat16>();
+  launch_densify(e.queue(), s.f, dense);
+  return s.dense = dense;
 }
 
-int32_t attach(adrt_executable &e, int32_t n, const adrt_attachment *attachments) {
+std::unique_ptr<adapter> make_adapter(adrt_executable &e, const std::vector<adrt_attachment> &attachments) {
+  if (!e.uploader) e.uploader = std::make_unique<uploader>(e.queues.adapters);
   attaching work(e);
-  for (int32_t i = 0; i < n; i++) work.add(attachments[i]);
-  e.adapters.push_back(work.finish());
-  return int32_t(e.adapters.size()) - 1;
-}
-
-void detach(adrt_executable &e, int32_t handle) {
-  if (handle < 0 || size_t(handle) >= e.adapters.size() || !e.adapters[size_t(handle)])
-    fail(ADRT_BAD_ARGUMENT, "detach: no adapter with handle %d", handle);
-  e.adapters[size_t(handle)].reset();
-  forget_released(e);
+  for (const adrt_attachment &one : attachments) work.check_fit(one);
+  work.bring_factors(attachments);
+  for (const adrt_attachment &one : attachments) work.add(one);
+  return work.finish();
 }
 
 }  // namespace adaptrt

@@ -18,6 +18,20 @@ struct {
   bool faulted = false;
 } state;
 
+// Once nobody uses the device any more.
+void recover() {
+  std::lock_guard<std::mutex> lock(state.mutex);
+  if (state.loaded || !state.faulted) return;
+  cudaDeviceReset();
+  cudaGetLastError();
+  state.faulted = false;
+}
+
+void note_fault() {
+  std::lock_guard<std::mutex> lock(state.mutex);
+  state.faulted = true;
+}
+
 template <typename callable>
 int guarded(adrt_error *error, const callable &call) {
   adrt_error caught = {ADRT_OK, ""};
@@ -41,12 +55,12 @@ int guarded_on(adrt_executable *e, adrt_error *error, const char *what, const ca
     if (!e) fail(ADRT_BAD_ARGUMENT, "%s: a NULL argument", what);
     if (e->faulted) fail(ADRT_DEVICE_FAULT, "%s: the GPU failed in an earlier call; load the model again", what);
     adaptrt::device_scope scope(e->device);
+    adaptrt::budget::scope memory(e->budget);
     try {
       call();
-    } catch (const adaptrt::failure &f) {
-      cudaStreamSynchronize(e->queues.main);  // what was queued reads memory that may go
-      e->faulted = f.error.code == ADRT_DEVICE_FAULT;
-      if (e->faulted) state.faulted = true;
+    } catch (...) {
+      e->faulted = cudaDeviceSynchronize() != cudaSuccess;  // what was queued reads memory that may go
+      if (e->faulted) note_fault();
       throw;
     }
   });
@@ -74,7 +88,13 @@ int load(const adrt_program *program, const adrt_options *options, adrt_executab
   return guarded(error, [&] {
     if (!program || !options || !out) fail(ADRT_BAD_ARGUMENT, "load: a NULL argument");
     *out = nullptr;
-    *out = adaptrt::load(*program, *options);
+    try {
+      *out = adaptrt::load(*program, *options);
+    } catch (...) {
+      if (cudaDeviceSynchronize() != cudaSuccess) note_fault();
+      recover();
+      throw;
+    }
     std::lock_guard<std::mutex> lock(state.mutex);
     state.loaded++;
   });
@@ -91,12 +111,11 @@ void unload(adrt_executable *e) {
     delete e;
     cudaSetDevice(before);
   }
-  std::lock_guard<std::mutex> lock(state.mutex);
-  if (--state.loaded == 0 && state.faulted) {
-    cudaDeviceReset();
-    cudaGetLastError();
-    state.faulted = false;
+  {
+    std::lock_guard<std::mutex> lock(state.mutex);
+    state.loaded--;
   }
+  recover();
 }
 
 int reserve(adrt_executable *e, int32_t n_pages, adrt_error *error) {
@@ -110,12 +129,19 @@ int attach(adrt_executable *e, int32_t n, const adrt_attachment *attachments, in
   return guarded_on(e, error, "attach", [&] {
     if (n < 0 || (n && !attachments) || !handle)
       fail(ADRT_BAD_ARGUMENT, "attach: %d attachments, or a NULL argument", n);
-    *handle = adaptrt::attach(*e, n, attachments);
+    *handle = e->shelf.attach(n, attachments);
   });
 }
 
 int detach(adrt_executable *e, int32_t handle, adrt_error *error) {
-  return guarded_on(e, error, "detach", [&] { adaptrt::detach(*e, handle); });
+  return guarded_on(e, error, "detach", [&] { e->shelf.detach(handle); });
+}
+
+int prefetch(adrt_executable *e, int32_t n, const int32_t *handles, adrt_error *error) {
+  return guarded_on(e, error, "prefetch", [&] {
+    if (n < 0 || (n && !handles)) fail(ADRT_BAD_ARGUMENT, "prefetch: %d adapters, or a NULL argument", n);
+    e->shelf.want(n, handles);
+  });
 }
 
 int step(adrt_executable *e, const adrt_batch *batch, adrt_error *error) {
@@ -132,10 +158,11 @@ int peaks(adrt_executable *e, adrt_peaks *out, adrt_error *error) {
   });
 }
 
-const char *describe(const adrt_executable *e) { return e ? e->description : "cuda: nothing loaded"; }
+const char *describe(const adrt_executable *e) { return e ? adaptrt::describe(*e) : "cuda: nothing loaded"; }
 
 const adrt_backend backend = {ADRT_ABI_VERSION, sizeof(adrt_backend), "cuda", probe, load,     unload,
-                              reserve,          attach,               detach, step,  describe, peaks};
+                              reserve,          attach,               detach, step,  describe, peaks,
+                              prefetch};
 
 }  // namespace
 

@@ -14,9 +14,12 @@
 #include "attention.cuh"
 #include "graph.cuh"
 #include "memory.cuh"
+#include "pager.cuh"
 #include "plan.cuh"
 #include "product.cuh"
 #include "shared.cuh"
+#include "shelf.cuh"
+#include "upload.cuh"
 
 namespace adaptrt {
 
@@ -39,6 +42,11 @@ using tensor_key = std::tuple<const void *, int32_t, int64_t, int64_t>;  // data
 inline tensor_key key_of(const adrt_tensor &t) { return {t.data, t.dtype, t.rows, t.cols}; }
 using factor_key = std::pair<tensor_key, factor_form>;
 
+struct loaded_matrix {
+  packed_matrix w;
+  int block;  // of the pager, which says where it is
+};
+
 class stage {
  public:
   virtual ~stage() = default;
@@ -51,12 +59,15 @@ class stage {
 // A tensor of an adapter on the device, shared by all terms that have the same pointer.
 struct shared_factor {
   factor f;
-  device_memory memory;
+  std::shared_ptr<device_memory> memory;  // of all tensors that came with it
   int64_t number = 0;   // of all that there were
   int64_t terms = 0;    // that have had it
   dense_factor dense;   // once a step has wanted it
   device_memory dense_memory;
 };
+
+// A term that many adapters may have is multiplied for all tokens at once, from so many on.
+constexpr int32_t least_common_tokens = 9;
 
 // What the host knows of an adapter at an attach point.
 struct host_attachment {
@@ -73,9 +84,11 @@ struct host_attachment {
 };
 
 struct adapter {
+  size_t bytes() const { return table.size() + vectors.size() + factor_bytes; }
   device_memory table;    // [n_targets] attachment, then terms
   device_memory vectors;  // d, e, gains, sparse arrays ...
   std::vector<std::shared_ptr<shared_factor>> factors;
+  size_t factor_bytes = 0;  // that it brought
   std::vector<host_attachment> targets;
 };
 
@@ -100,9 +113,9 @@ struct device_scope {
   int before = 0;
 };
 
-// The stream, freed with the executable.
+// The streams, freed with the executable. Adapters come on their own.
 struct device_queues {
-  cudaStream_t main = nullptr;
+  cudaStream_t main = nullptr, adapters = nullptr;
   void create();
   ~device_queues();
 };
@@ -115,25 +128,35 @@ struct products {
 }  // namespace adaptrt
 
 struct adrt_executable {
+  explicit adrt_executable(const adrt_options &o) : options(o), device(o.device), budget(o.gpu_memory ? o.gpu_memory : SIZE_MAX) {
+    budget.admit(&shelf);
+    budget.admit(&weights);
+  }
+
   adrt_options options;
-  int device = 0;
+  int device;
   bool hopper = false;
   int multiprocessors = 0;
-  char description[160] = "";
+  char device_name[96] = "";
+  mutable char description[192] = "";  // of the latest call
   bool faulted = false;  // the device's context is lost
 
+  adaptrt::budget budget;  // before all that is counted in it
   adaptrt::device_queues queues;
   adaptrt::products products;
-  std::unique_ptr<adaptrt::uploader> uploader;
-  adaptrt::device_memory stored;  // where tensors arrive before they are packed
+  std::unique_ptr<adaptrt::landing> arrivals;   // while weights are loaded
+  std::unique_ptr<adaptrt::uploader> uploader;  // of adapters
+  adaptrt::device_memory stored;                // where their tensors arrive before they are packed
 
-  std::vector<adaptrt::device_memory> weights;
-  std::map<adaptrt::tensor_key, adaptrt::packed_matrix> matrices;  // a tied head is loaded once
+  adaptrt::pager weights;
+  std::vector<adaptrt::device_memory> vectors;
+  size_t vector_bytes = 0;
+  std::map<adaptrt::tensor_key, adaptrt::loaded_matrix> matrices;  // a tied head is loaded once
   std::vector<std::unique_ptr<adaptrt::stage>> stages;
   std::vector<adaptrt::activations> buffers;
   std::vector<attach_point> points;  // by target
   std::vector<adaptrt::rope_table> rope_tables;
-  int64_t vocabulary = 0, logit_rows = 0;  // token ids are below the one; rows of the head
+  int64_t vocabulary = INT64_MAX, logit_rows = 0;  // token ids are below the one; rows of the head
   int64_t widest_input = 0;                // of any product
 
   std::vector<adaptrt::kv_layer> kv_layers;  // by layer number
@@ -143,7 +166,8 @@ struct adrt_executable {
   std::vector<uint8_t *> page_addresses;
   adaptrt::device_memory page_table;  // page_addresses on the device
 
-  std::vector<std::unique_ptr<adaptrt::adapter>> adapters;  // by handle, empty when detached
+  adaptrt::shelf shelf{*this};                              // what is attached, by handle
+  std::vector<std::unique_ptr<adaptrt::adapter>> adapters;  // by handle, empty when detached or not on the device
   std::map<adaptrt::factor_key, std::weak_ptr<adaptrt::shared_factor>> factors;
   int64_t factors_made = 0;
 
@@ -179,21 +203,24 @@ namespace adaptrt {
 
 // load.cu
 adrt_executable *load(const adrt_program &program, const adrt_options &options);
+const char *describe(const adrt_executable &e);  // as it is now, one line
 // stages.cu: the program's operations as stages over `weights`
 void make_stages(adrt_executable &e, const adrt_program &program);
 // weights.cu: tensors as the kernels read them, once a tensor
-packed_matrix load_matrix(adrt_executable &e, const adrt_tensor &tensor);
+loaded_matrix load_matrix(adrt_executable &e, const adrt_tensor &tensor);
 const float *load_vector(adrt_executable &e, const adrt_tensor &tensor);
 // Matrices of the same width one above the other, as one and each by itself; false when they do not fit together.
-bool load_together(adrt_executable &e, const std::vector<const adrt_tensor *> &tensors, packed_matrix &all,
+bool load_together(adrt_executable &e, const std::vector<const adrt_tensor *> &tensors, loaded_matrix &all,
                    std::vector<packed_matrix> &each);
 // room.cu: memory for the step that is planned
 void make_room(adrt_executable &e);
+// What a step of so many tokens of one sequence takes, adapters aside.
+size_t step_bytes(adrt_executable &e, const product_context *context, int32_t n_tokens);
 int splits_of(const adrt_executable &e, const attention_shape &shape, int64_t n_blocks);
 void reserve_pages(adrt_executable &e, int32_t n_pages);
 // attach.cu
-int32_t attach(adrt_executable &e, int32_t n, const adrt_attachment *attachments);
-void detach(adrt_executable &e, int32_t handle);
+std::unique_ptr<adapter> make_adapter(adrt_executable &e, const std::vector<adrt_attachment> &attachments);
+void forget_released(adrt_executable &e);  // tensors that no adapter has any more
 const dense_factor &dense_form(adrt_executable &e, shared_factor &s);
 // step.cu
 void step(adrt_executable &e, const adrt_batch &batch);

@@ -29,8 +29,7 @@ void open_device(adrt_executable &e) {
          properties.minor, oldest_major);
   e.hopper = properties.major == 9;
   e.multiprocessors = properties.multiProcessorCount;
-  snprintf(e.description, sizeof e.description, "cuda: %.80s, sm_%d%d, fast", properties.name, properties.major,
-           properties.minor);
+  snprintf(e.device_name, sizeof e.device_name, "%.60s, sm_%d%d", properties.name, properties.major, properties.minor);
   e.queues.create();
   check(product_create(e.device, &e.products.context), "making the products' context");
 }
@@ -46,6 +45,30 @@ void make_points(adrt_executable &e, const adrt_program &p) {
   }
 }
 
+// Loads with a budget begin with a pass that only counts, so that one that is too small is refused at once, with the
+// number that would do.
+constexpr int32_t step_tokens = 512;
+
+struct needs {
+  size_t slot_bytes, step_bytes, least;
+};
+
+needs count_needs(const adrt_program &program, const adrt_executable &opened, size_t arriving) {
+  adrt_executable e(opened.options);
+  make_stages(e, program);
+  needs n = {e.weights.needed_slot_bytes(), step_bytes(e, opened.products.context, step_tokens), 0};
+  size_t loading = arriving + e.weights.largest_bytes();
+  n.least = e.vector_bytes + e.weights.fixed_bytes() + 2 * n.slot_bytes + std::max(loading, n.step_bytes);
+  return n;
+}
+
+void check_budget(const needs &n, size_t limit) {
+  constexpr size_t mib = 1 << 20;
+  if (limit < n.least)
+    fail(ADRT_NO_MEMORY, "%.1f MiB of GPU memory are too few for this model, at least %zu MiB are needed",
+         double(limit) / mib, (n.least + mib - 1) / mib);
+}
+
 size_t largest_tensor(const adrt_program &p) {
   uint64_t largest = 1 << 20;
   for (int32_t i = 0; i < p.n_tensors; i++) largest = std::max(largest, p.tensors[i].bytes);
@@ -55,11 +78,21 @@ size_t largest_tensor(const adrt_program &p) {
 }  // namespace
 
 void device_queues::create() {
-  check(cudaStreamCreateWithFlags(&main, cudaStreamNonBlocking), "making a stream");
+  for (cudaStream_t *stream : {&main, &adapters})
+    check(cudaStreamCreateWithFlags(stream, cudaStreamNonBlocking), "making a stream");
 }
 
 device_queues::~device_queues() {
-  if (main) cudaStreamDestroy(main);
+  for (cudaStream_t stream : {main, adapters})
+    if (stream) cudaStreamDestroy(stream);
+}
+
+const char *describe(const adrt_executable &e) {
+  int length = snprintf(e.description, sizeof e.description, "cuda: %s, fast", e.device_name);
+  if (e.weights.streams())
+    snprintf(e.description + length, sizeof e.description - size_t(length),
+             ", %.3f GB of weights streamed from the host a step", double(e.weights.streamed_bytes()) / 1e9);
+  return e.description;
 }
 
 adrt_executable *load(const adrt_program &program, const adrt_options &options) {
@@ -67,18 +100,19 @@ adrt_executable *load(const adrt_program &program, const adrt_options &options) 
   check_options(options);
   check(cpu_validate_program(&program, &error), error);
   device_scope scope(options.device);
-  auto e = std::make_unique<adrt_executable>();
-  e->options = options;
-  e->device = options.device;
-  e->vocabulary = INT64_MAX;
-  open_device(*e);
-  make_points(*e, program);
   size_t largest = largest_tensor(program);
-  e->stored = device_memory(largest, "the largest tensor");
-  e->uploader = std::make_unique<uploader>(largest, e->queues.main);
+  auto e = std::make_unique<adrt_executable>(options);
+  budget::scope memory(e->budget);
+  open_device(*e);
+  needs n = count_needs(program, *e, largest);
+  check_budget(n, e->budget.limit());
+  e->weights.open(e->queues.main, n.slot_bytes);
+  make_points(*e, program);
+  e->arrivals = std::make_unique<landing>(largest, e->queues.main);
   make_stages(*e, program);
   check(cudaStreamSynchronize(e->queues.main), "loading the weights");
-  e->stored = device_memory();
+  e->arrivals.reset();
+  e->weights.settle(n.step_bytes);
   return e.release();
 }
 

@@ -1,4 +1,4 @@
-// Memory that frees itself, and uploads through pinned memory.
+// Memory that frees itself.
 #ifndef ADAPTRT_CUDA_MEMORY_CUH
 #define ADAPTRT_CUDA_MEMORY_CUH
 #include <stddef.h>
@@ -6,6 +6,7 @@
 
 #include <utility>
 
+#include "budget.cuh"
 #include "failure.cuh"
 
 namespace adaptrt {
@@ -17,10 +18,11 @@ class memory {
   memory() = default;
   // Throws ADRT_NO_MEMORY, with the bytes wanted and free, when there is not enough; `what` is it for.
   memory(size_t bytes, const char *what);
-  memory(memory &&other) noexcept : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
+  memory(memory &&other) noexcept { *this = std::move(other); }
   memory &operator=(memory &&other) noexcept {
     std::swap(data_, other.data_);
     std::swap(bytes_, other.bytes_);
+    std::swap(owner_, other.owner_);
     return *this;
   }
   ~memory();
@@ -35,29 +37,13 @@ class memory {
  private:
   void *data_ = nullptr;
   size_t bytes_ = 0;
+  budget *owner_ = nullptr;
 };
 using device_memory = memory<false>;
 using pinned_memory = memory<true>;
 
 // memcpy by as many threads as memory keeps busy.
 void copy_in_threads(uint8_t *to, const uint8_t *from, size_t bytes);
-
-// Copies host memory to the device at the bus's speed: threads fill one pinned buffer while the other is on its way.
-class uploader {
- public:
-  uploader(size_t largest, cudaStream_t stream);
-  ~uploader();
-  uploader(const uploader &) = delete;
-  // Queues the copy; `from` has been read when this returns.
-  void copy(void *to, const void *from, size_t bytes);
-
- private:
-  cudaStream_t stream_;
-  size_t chunk_;
-  int next_ = 0;
-  pinned_memory buffers_[2];
-  cudaEvent_t sent_[2] = {};
-};
 
 }  // namespace adaptrt
 #endif

@@ -54,6 +54,15 @@ double copied_bytes_per_second(cudaStream_t stream) {
   });
 }
 
+double uploaded_bytes_per_second(cudaStream_t stream) {
+  constexpr size_t bytes = size_t(64) << 20;
+  device_memory to(bytes, "probing the bus");
+  pinned_memory from(bytes, "probing the bus");
+  return bytes / seconds_of(stream, [&] {
+    check(cudaMemcpyAsync(to.bytes(), from.bytes(), bytes, cudaMemcpyHostToDevice, stream), "a copy");
+  });
+}
+
 double operations_per_second(const product_context &context, cudaStream_t stream) {
   if (!context.cublas) return 0;
   const int64_t count = int64_t(square) * square;
@@ -70,11 +79,13 @@ double operations_per_second(const product_context &context, cudaStream_t stream
 }  // namespace
 
 adrt_peaks measure_peaks(adrt_executable &e) {
+  budget probes;  // what is probed with is no part of the model
+  budget::scope memory(probes);
   size_t free_bytes = 0, total_bytes = 0;
   check(cudaMemGetInfo(&free_bytes, &total_bytes), "reading the memory's size");
   cudaStream_t stream = e.queues.main;
   return {copied_bytes_per_second(stream), operations_per_second(*e.products.context, stream),
-          uint64_t(total_bytes - free_bytes)};
+          uint64_t(total_bytes - free_bytes), uploaded_bytes_per_second(stream), e.weights.streamed_bytes()};
 }
 
 }  // namespace adaptrt

@@ -10,6 +10,7 @@ namespace adaptrt {
 namespace {
 
 constexpr int32_t least_tokens = 16;
+constexpr size_t attention_and_plan_bytes = size_t(4) << 20;  // of a step of some hundred tokens, roughly
 constexpr int warps_of_attention = 4, positions_of_tile = 32;
 
 int32_t power_of_two_from(int32_t n, int32_t least) {
@@ -105,7 +106,12 @@ void make_adapter_room(adrt_executable &e) {
     width = std::max(width, s->hidden_width(e));
     projected = std::max(projected, s->projected_width(e));
   }
-  for (const host_attachment &a : e.acting) maps = maps || a.maps_input;
+  for (const host_attachment &a : e.acting) {
+    maps = maps || a.maps_input;
+    if (!a.v || e.plan.n_tokens < least_common_tokens) continue;
+    dense_form(e, *a.v);  // now, as nothing may be allocated once the step's launches have begun
+    dense_form(e, *a.u);
+  }
   int64_t rows = std::max(e.plan.tokens.hidden_rows, e.plan.logits.hidden_rows);
   grow(e, e.hidden, size_t(rows * width) * sizeof(float), "adapters");
   int64_t tokens_or_logits = std::max(e.plan.n_tokens, e.plan.n_logits);
@@ -133,6 +139,15 @@ int splits_of(const adrt_executable &e, const attention_shape &shape, int64_t n_
   int splits = 1;
   while (splits < most_splits && splits < useful && splits * blocks < 2 * e.multiprocessors) splits *= 2;
   return splits;
+}
+
+size_t step_bytes(adrt_executable &e, const product_context *context, int32_t n_tokens) {
+  size_t workspace = workspace_zero_bytes;
+  for (const packed_matrix &w : e.product_weights)
+    workspace = std::max(workspace, product_workspace_bytes(context, w, n_tokens));
+  size_t pages = size_t((n_tokens + e.options.page_tokens - 1) / e.options.page_tokens);
+  return place_activations(e, n_tokens, nullptr) + workspace + size_t(e.logit_rows) * sizeof(float) +
+         pages * size_t(e.page_bytes) + attention_and_plan_bytes;
 }
 
 void make_room(adrt_executable &e) {

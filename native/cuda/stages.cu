@@ -19,12 +19,13 @@ void narrow(adrt_executable &e, const view &v) {
 
 class embed_stage : public stage {
  public:
-  embed_stage(packed_matrix w, view out, int32_t target) : w_(w), out_(out), target_(target) {}
+  embed_stage(loaded_matrix table, view out, int32_t target)
+      : w_(table.w), block_(table.block), out_(out), target_(target) {}
   void launch(adrt_executable &e) const override {
     source out = e.source_of(out_);
     float *y = const_cast<float *>(out.data);
     const plan &p = e.plan;
-    check(launch_rows(w_, p.device_tokens, p.n_tokens, y, out.stride, e.queues.main), "embedding");
+    check(launch_rows(e.weights.table_at(block_, w_), p.device_tokens, p.n_tokens, y, out.stride, e.queues.main), "embedding");
     if (acts(e, target_))
       launch_embed_adapters(e.queue(),
                             {p.tokens.device_applications, p.tokens.device_tiles, p.device_tokens, target_, y,
@@ -35,6 +36,7 @@ class embed_stage : public stage {
 
  private:
   packed_matrix w_;
+  int block_;
   view out_;
   int32_t target_;
 };
@@ -64,19 +66,23 @@ class norm_stage : public stage {
 // One or more products with the same input, their outputs side by side; or the head.
 class product_stage : public stage {
  public:
-  product_stage(view in, view out, bool head, packed_matrix all, std::vector<product_member> members)
-      : in_(in), out_(out), head_(head), all_(all), members_(std::move(members), head) {}
+  product_stage(view in, view out, bool head, loaded_matrix all, std::vector<product_member> members)
+      : in_(in), out_(out), head_(head), all_(all.w), block_(all.block), members_(std::move(members), head) {}
 
   void launch(adrt_executable &e) const override {
     if (!members_.tokens(e)) return;
     adapter_call call = describe(e);
     ride_call ride;
     if (members_.can_ride(e, call, all_, ride)) {
+      e.weights.acquire(block_);
       product(e, all_, call, call.x, 0);
+      e.weights.release(block_);
       launch_ride(e.queue(), ride, e.multiprocessors);
     } else {
       extend_call left = members_.before(e, call);  // the product fills its pipeline with weights meanwhile
+      e.weights.acquire(block_);
       multiply(e, call);
+      e.weights.release(block_);
       members_.after(e, call, left);
     }
     if (!head_) narrow(e, out_);
@@ -124,14 +130,15 @@ class product_stage : public stage {
   void product(adrt_executable &e, const packed_matrix &w, const adapter_call &call, const __nv_bfloat16 *x,
                int64_t row) const {
     product_output out = {call.y + row, call.y_stride, false, false};
-    check(launch_product(e.products.context, w, x, call.x_stride, members_.tokens(e), out, e.workspace.bytes(),
-                         e.queues.main),
+    check(launch_product(e.products.context, e.weights.at(block_, w), x, call.x_stride, members_.tokens(e), out,
+                         e.workspace.bytes(), e.queues.main),
           "product");
   }
 
   view in_, out_;
   bool head_;
   packed_matrix all_;
+  int block_;
   adapted_members members_;
 };
 
@@ -266,8 +273,9 @@ class builder {
   }
 
   int32_t add_embed(const adrt_op &o) {
-    packed_matrix w = load_matrix(e_, tensor(o.weight));
-    e_.vocabulary = std::min(e_.vocabulary, w.rows);
+    loaded_matrix w = load_matrix(e_, tensor(o.weight));
+    e_.weights.note_use(w.block, block_use::table);
+    e_.vocabulary = std::min(e_.vocabulary, w.w.rows);
     view out = write(o.out);
     read(o.out);  // its kernel writes float32
     add_stage<embed_stage>(w, out, o.target);
@@ -304,22 +312,23 @@ class builder {
     int32_t n = group_size(i);
     std::vector<const adrt_tensor *> tensors;
     for (int32_t k = 0; k < n; k++) tensors.push_back(&tensor(op(i + k).weight));
-    packed_matrix all;
+    loaded_matrix all;
     std::vector<packed_matrix> each;
     if (n < 2 || !load_together(e_, tensors, all, each)) {
       n = 1;
       all = load_matrix(e_, tensor(op(i).weight));
-      each = {all};
+      each = {all.w};
     }
+    e_.weights.note_use(all.block, block_use::product);
     view in = read_narrow(op(i).a), out;
     std::vector<product_member> members;
     for (int32_t k = 0; k < n; k++) {
       const adrt_op &o = op(i + k);
       members.push_back({each[size_t(k)], o.target, o.bias < 0 ? nullptr : load_vector(e_, tensor(o.bias))});
     }
-    out = n == 1 ? write(op(i).out) : write_group(i, n, all.rows);
+    out = n == 1 ? write(op(i).out) : write_group(i, n, all.w.rows);
     e_.buffers[size_t(out.buffer)].wants_wide = true;
-    note(all, each);
+    note(all.w, each);
     add_stage<product_stage>(in, out, false, all, members);
     return n;
   }
@@ -345,11 +354,12 @@ class builder {
   }
 
   int32_t add_head(const adrt_op &o) {
-    packed_matrix w = load_matrix(e_, tensor(o.weight));
-    e_.logit_rows = w.rows;
-    note(w, {});
+    loaded_matrix w = load_matrix(e_, tensor(o.weight));
+    e_.weights.note_use(w.block, block_use::head);
+    e_.logit_rows = w.w.rows;
+    note(w.w, {});
     const float *bias = o.bias < 0 ? nullptr : load_vector(e_, tensor(o.bias));
-    add_stage<product_stage>(read_narrow(o.a), view{}, true, w, std::vector<product_member>{{w, o.target, bias}});
+    add_stage<product_stage>(read_narrow(o.a), view{}, true, w, std::vector<product_member>{{w.w, o.target, bias}});
     return 1;
   }
 

@@ -9,8 +9,7 @@ namespace adaptrt {
 namespace {
 
 bool attached(const void *owner, int32_t handle) {
-  const adrt_executable &e = *static_cast<const adrt_executable *>(owner);
-  return handle >= 0 && size_t(handle) < e.adapters.size() && e.adapters[size_t(handle)];
+  return static_cast<const adrt_executable *>(owner)->shelf.has(handle);
 }
 
 void check_batch(const adrt_executable &e, const adrt_batch &batch) {
@@ -83,10 +82,11 @@ void enqueue(adrt_executable &e) {
 }
 
 void run_stages(adrt_executable &e) {
-  if (e.plan.n_tokens > most_tokens_of_graph)
+  pager::step paging(e.weights);
+  if (e.plan.n_tokens > most_tokens_of_graph || e.weights.streams())  // which takes far longer than launches, too
     enqueue(e);
   else
-    e.graphs.run(key_of_step(e), e.generation, e.queues.main, [&] { enqueue(e); });
+    e.graphs.run(key_of_step(e), e.generation + e.weights.moves(), e.queues.main, [&] { enqueue(e); });
 }
 
 void fetch_logits(adrt_executable &e, float *logits) {
@@ -102,13 +102,16 @@ void fetch_logits(adrt_executable &e, float *logits) {
 
 void step(adrt_executable &e, const adrt_batch &batch) {
   check_batch(e, batch);
+  e.shelf.begin_step(batch);
   if (make_plan(e, batch, e.plan)) e.generation++;
   note_acting(e, batch);
   make_room(e);
   check(cudaMemcpyAsync(e.plan.device.bytes(), e.plan.host.bytes(), e.plan.bytes, cudaMemcpyHostToDevice, e.queues.main),
         "uploading a step's plan");
   run_stages(e);
+  e.shelf.bring_wanted();
   fetch_logits(e, batch.logits);
+  e.shelf.end_step();
 }
 
 }  // namespace adaptrt

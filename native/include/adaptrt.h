@@ -19,7 +19,7 @@ extern "C" {
 #endif
 /* cffi: begin */
 
-#define ADRT_ABI_VERSION 2
+#define ADRT_ABI_VERSION 3
 #define ADRT_MESSAGE_BYTES 512
 
 enum adrt_code {
@@ -101,6 +101,7 @@ typedef struct {
   int32_t page_tokens; /* tokens in a KV page, a power of two */
   int32_t isa;         /* adrt_isa; CPU only */
   int32_t device;      /* which one of several, from 0; 0 on the CPU */
+  uint64_t gpu_memory; /* bytes of the device's memory that may be used, 0: all there is; 0 on the CPU */
 } adrt_options;
 
 /* The adapter normal form (spec/adapters.md):  y = g_out * [ W R(g_in * x) + sum_k scale_k T_k(x) ] + bias + c
@@ -163,6 +164,8 @@ typedef struct {
   double bytes_per_second;      /* the CPU's threads reading memory; a GPU copying its own, reads and writes counted */
   double operations_per_second; /* of the arithmetic that products use; a multiply and an add are two */
   uint64_t device_bytes;        /* in use of the device's own memory */
+  double bus_bytes_per_second;  /* from pinned memory of the host to the device */
+  uint64_t streamed_bytes;      /* of weights that come that way in every step */
 } adrt_peaks;
 
 typedef struct {
@@ -179,6 +182,8 @@ typedef struct {
   int (*step)(adrt_executable *executable, const adrt_batch *batch, adrt_error *error);
   const char *(*describe)(const adrt_executable *executable); /* the kernels in use, one line */
   int (*peaks)(adrt_executable *executable, adrt_peaks *peaks, adrt_error *error); /* or NULL */
+  /* These adapters will be named soon: bring them near while the next step runs. NULL where that means nothing. */
+  int (*prefetch)(adrt_executable *executable, int32_t n, const int32_t *handles, adrt_error *error);
 } adrt_backend;
 
 const adrt_backend *adrt_cpu_backend(void);
