@@ -27,6 +27,9 @@ STACKS = [(0, 1), (), (0,), (2, 1), (1, 2), (3,), (4,), (), (4, 0, 3)]  # 3 and 
 MODELS = {
     "nf4": decoder(Sizes(layers=1)),
     "nf4 odd": decoder(Sizes(width=75, heads=3, kv_heads=1, head_dim=10, mlp=43, vocabulary=37, layers=1)),
+    "nf4 long": decoder(
+        Sizes(width=192, heads=3, kv_heads=1, head_dim=64, mlp=1216, vocabulary=300, layers=1)
+    ),
     "bf16": decoder(Sizes(layers=1), dtype="bf16", head="f16"),
     "int8": decoder(Sizes(layers=1), dtype="int8", head="f32"),
 }

@@ -11,9 +11,10 @@
 enum layout_of_x {
   X_PLAIN,      /* as they are */
   X_SPLIT,      /* each 32 reordered into 16 even, 16 odd: the order in which nf4 nibbles unpack */
-  X_WORDS,       /* integers of about 13 bits and scales, laid out as the table's kernels want them */
-  X_WORDS_SPLIT, /* the same, in the order in which nf4 unpacks there */
-  X_BYTES_SPLIT, /* 8-bit integers, scales and sums */
+  /* Integers and scales, in whatever order the table's own `quantize` and products agree on (vnni.h, `quantized`). */
+  X_WORDS,       /* 16-bit integers for int8 */
+  X_WORDS_SPLIT, /* the same for nf4 */
+  X_BYTES_SPLIT, /* 8-bit integers for nf4 */
   X_WIDE,        /* 16-bit integers in order, then a scale for each 64 */
 };
 

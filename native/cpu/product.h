@@ -131,7 +131,7 @@ INLINE void product_tile(const matrix *m, int dtype, int rows, int tokens, int64
   }
   for (int64_t b = 0; b < blocks; b++) {
     for (int r = 0; r < rows; r++) scale[r] = is_scaled(dtype) ? scales[r * blocks + b] : 0;
-    if (tokens < 4) __builtin_prefetch(block[0] + PREFETCH_BYTES);
+    if (tokens < 4) __builtin_prefetch(block[0] + PREFETCH_BYTES, 0, 2); /* into L2, which takes more at once */
     if (b < whole)
       add_block(dtype, rows, tokens, block, scale, x + b * BLOCK, x_stride, acc);
     else
