@@ -1,8 +1,8 @@
 /* A loaded program and the state of its steps.
  *
  * The program is cut into waves: runs of operations none of which reads what another of the wave writes. All
- * threads walk the waves together; a wave has two phases of independent items that threads take from a shared
- * counter, and a barrier after each phase that has any:
+ * threads walk the waves together; a wave has two phases of independent items, of which each thread has a share of its
+ * own and helps with the others', and a barrier after each phase that has any:
  *
  *   phase      LINEAR, LOGITS                           ATTENTION           the others
  *   PREPARE    rearrange activations; adapters' V x     store k and v       -
@@ -199,7 +199,7 @@ struct adrt_executable {
   instruction *instructions;
   int32_t *wave_start; /* [n_waves + 1] */
   int32_t *instruction_of_target;
-  atomic_llong *next_item; /* [n_waves * N_PHASES] */
+  atomic_ullong *taken; /* [threads][n_waves][N_PHASES]: items taken of a thread's share, of its start and, << 32, its end */
 
   int32_t n_slots; /* most products in a wave, each with its own prepared activations */
   int64_t slot_stride;

@@ -202,7 +202,7 @@ static bool allocate_tables(adrt_executable *e, const adrt_program *p) {
          (e->register_buffers = cpu_calloc(e->n_registers, sizeof *e->register_buffers)) &&
          (e->instructions = cpu_calloc(ops, sizeof *e->instructions)) &&
          (e->wave_start = cpu_calloc(ops + 1, sizeof *e->wave_start)) &&
-         (e->next_item = cpu_calloc(ops * N_PHASES, sizeof *e->next_item)) &&
+         (e->taken = cpu_calloc(ops * N_PHASES, e->options.threads * (int64_t)sizeof *e->taken)) &&
          (e->instruction_of_target =
               cpu_calloc((int64_t)p->n_targets + 1, sizeof *e->instruction_of_target)) &&
          (e->rope_tables = cpu_calloc(ops, sizeof *e->rope_tables)) &&
@@ -288,7 +288,7 @@ void cpu_unload(adrt_executable *e) {
   cpu_free(e->registers);
   cpu_free(e->instructions);
   cpu_free(e->wave_start);
-  cpu_free(e->next_item);
+  cpu_free(e->taken);
   cpu_free(e->instruction_of_target);
   cpu_free(e->rope_tables);
   cpu_free(e->kv_layers);

@@ -46,35 +46,53 @@ static void run_item(adrt_executable *e, const instruction *in, enum phase phase
   }
 }
 
-/* Take a share of what is left, at least one item: long runs first, so that a thread streams through consecutive
- * weights and its prefetches are its own, single items last, so that all finish together. */
-static int64_t take_items(const adrt_executable *e, atomic_llong *next, int64_t total, int64_t *first) {
-  long long begin = atomic_load_explicit(next, memory_order_relaxed), count;
+/* Items of a thread's share, by how many it and others have taken of its two ends: its own next one, or for others a part
+ * of what is left, long ones first, that they too walk in the order of memory. Returns how many, 0 when none is left. */
+static int64_t take(atomic_ullong *taken, int64_t share, int32_t parts, int64_t *first) {
+  unsigned long long old = atomic_load_explicit(taken, memory_order_relaxed), more;
+  int64_t begun, ended, count;
   do {
-    if (begin >= total) return 0;
-    count = (total - begin) / (2 * e->options.threads);
+    begun = (int64_t)(old & UINT32_MAX);
+    ended = (int64_t)(old >> 32);
+    if (begun + ended >= share) return 0;
+    count = parts ? (share - begun - ended) / parts : 1;
     if (count < 1) count = 1;
-  } while (!atomic_compare_exchange_weak_explicit(next, &begin, begin + count, memory_order_relaxed,
+    more = parts ? (unsigned long long)count << 32 : 1;
+  } while (!atomic_compare_exchange_weak_explicit(taken, &old, old + more, memory_order_relaxed,
                                                   memory_order_relaxed));
-  *first = begin;
+  *first = parts ? share - ended - count : begun;
   return count;
 }
 
+/* The next items of a wave's phase for a thread. Each walks a share of its own, so that it streams through consecutive
+ * weights and its prefetches are its own, and helps the others from the ends of theirs, so that all finish together. */
+static int64_t next_items(adrt_executable *e, int32_t wave, enum phase phase, int32_t thread, int64_t total,
+                          int64_t *first) {
+  int32_t threads = e->options.threads;
+  for (int32_t i = 0; i < threads; i++) {
+    int32_t owner = (thread + i) % threads;
+    int64_t start = total * owner / threads, share = total * (owner + 1) / threads - start;
+    atomic_ullong *taken = &e->taken[(owner * e->n_waves + wave) * N_PHASES + phase];
+    int64_t count = take(taken, share, i ? 2 * threads : 0, first);
+    if (!count) continue;
+    *first += start;
+    return count;
+  }
+  return 0;
+}
+
 /* Take items of a wave's phase until none is left; true when there were any, for any thread. */
-static bool run_phase(adrt_executable *e, int32_t wave, enum phase phase, float *scratch) {
-  int32_t first = e->wave_start[wave], end = e->wave_start[wave + 1], i = first;
-  int64_t total = 0, base = 0, item, taken;
-  for (int32_t j = first; j < end; j++) total += items(e, &e->instructions[j], phase);
+static bool run_phase(adrt_executable *e, int32_t wave, enum phase phase, int32_t thread) {
+  int32_t first = e->wave_start[wave], end = e->wave_start[wave + 1];
+  int64_t total = 0, begin, taken;
+  for (int32_t i = first; i < end; i++) total += items(e, &e->instructions[i], phase);
   if (!total) return false;
-  int64_t count = items(e, &e->instructions[first], phase);
-  atomic_llong *next = &e->next_item[wave * N_PHASES + phase];
-  while ((taken = take_items(e, next, total, &item))) {
-    for (; taken; taken--, item++) {
-      while (item - base >= count) { /* on to the instruction that this item belongs to */
-        base += count;
-        count = items(e, &e->instructions[++i], phase);
-      }
-      run_item(e, &e->instructions[i], phase, item - base, scratch);
+  while ((taken = next_items(e, wave, phase, thread, total, &begin))) {
+    for (int64_t i = begin; i < begin + taken; i++) {
+      const instruction *in = &e->instructions[first];
+      int64_t item = i;
+      for (int64_t count; item >= (count = items(e, in, phase)); in++) item -= count;
+      run_item(e, in, phase, item, e->scratch[thread].data);
     }
   }
   return true;
@@ -82,10 +100,9 @@ static bool run_phase(adrt_executable *e, int32_t wave, enum phase phase, float 
 
 static void walk_waves(void *executable, int32_t thread) {
   adrt_executable *e = executable;
-  float *scratch = e->scratch[thread].data;
   for (int32_t wave = 0; wave < e->n_waves; wave++)
     for (enum phase phase = PREPARE; phase < N_PHASES; phase++)
-      if (run_phase(e, wave, phase, scratch)) pool_barrier(e->pool);
+      if (run_phase(e, wave, phase, thread)) pool_barrier(e->pool);
 }
 
 /* Rows of the smallest embedding. */
@@ -113,8 +130,8 @@ int cpu_step(adrt_executable *e, const adrt_batch *batch, adrt_error *error) {
   if (code == ADRT_OK) code = cpu_plan(e, batch, error);
   if (code != ADRT_OK) return code;
   cpu_fill_rope_tables(e);
-  for (int32_t i = 0; i < e->n_waves * N_PHASES; i++)
-    atomic_store_explicit(&e->next_item[i], 0, memory_order_relaxed);
+  for (int32_t i = 0; i < e->options.threads * e->n_waves * N_PHASES; i++)
+    atomic_store_explicit(&e->taken[i], 0, memory_order_relaxed);
   pool_run(e->pool, walk_waves, e);
   e->plan.batch = NULL;
   return ADRT_OK;
