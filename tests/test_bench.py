@@ -128,6 +128,14 @@ def test_refusals(files: tuple[Path, Path], args: list[str], message: str, code:
     assert outcome.code == code and message in outcome.error
 
 
+def test_a_wrong_backend_is_refused_before_a_model_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert "tpu" in adaptrt_cli("bench", "--backend", "tpu").error
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("peer", PEERS)
 def test_a_missing_peer_is_named(
     files: tuple[Path, Path], peer: str, monkeypatch: pytest.MonkeyPatch

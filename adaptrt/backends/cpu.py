@@ -29,7 +29,7 @@ class CpuBackend:
         try:
             self._calls()
         except BackendError as error:
-            return str(error)
+            return str(error).removeprefix(f"backend {self.name}: ")
         return None
 
     def load(self, program: Program, tensors: Mapping[str, Tensor], options: LoadOptions) -> NativeExecutable:

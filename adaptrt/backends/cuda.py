@@ -26,7 +26,7 @@ class CudaBackend:
         try:
             self._calls()("probe")
         except BackendError as error:
-            return str(error)
+            return str(error).removeprefix(f"backend {self.name}: ")
         return None
 
     def load(self, program: Program, tensors: Mapping[str, Tensor], options: LoadOptions) -> NativeExecutable:

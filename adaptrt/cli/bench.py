@@ -22,6 +22,7 @@ from adaptrt.adapters.normal import LoweredAdapter
 from adaptrt.adapters.stack import lower
 from adaptrt.api import find_adapter
 from adaptrt.backends.base import Executable, LoadOptions, Peaks
+from adaptrt.backends.choose import choose_backend
 from adaptrt.backends.cpu import available_cores
 from adaptrt.bench.loader import PAGE_TOKENS, Loader
 from adaptrt.bench.peers import Setup
@@ -99,6 +100,8 @@ def command(
     threads = loading.threads or available_cores()
     options = LoadOptions(threads, loading.precision, gpu_memory=loading.gpu_memory or 0)  # type: ignore[arg-type]
     loader = Loader(registry.backends, loading.backend, options)
+    if loading.backend != "auto":
+        choose_backend(registry.backends, loading.backend)  # before minutes go into random weights
     report: dict[str, Any] = {"model": model or shape}
     if set(peers) != {OF_PRODUCTS}:
         path = model_path(model) if model else _made(shape, registry)
