@@ -61,7 +61,7 @@ struct attend_call {
   int32_t n_blocks, splits;
   kv_cache kv;
   attention_shape shape;
-  float *partial;    // of splits; attention_workspace() bytes
+  float *partial;    // of splits; attention_partial_floats()
   int32_t *arrived;  // [n_blocks * kv_heads * head_chunks], zero between launches
   destination out;
 };
