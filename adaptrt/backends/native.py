@@ -19,6 +19,7 @@ from adaptrt.adapters.fit import AttachPoint
 from adaptrt.adapters.normal import Int32s, Kronecker, Lowered, LoweredAdapter, Sparse, Term, Vector
 from adaptrt.backends.base import Batch, LoadOptions, Peaks, attach_points
 from adaptrt.backends.checks import check_lengths, int32s
+from adaptrt.backends.reuse import ReusedMemory
 from adaptrt.errors import BackendError, ClosedError, NoMemoryError, UnavailableError
 from adaptrt.program import Add, Attention, Embed, Gated, Linear, Norm, Op, Program, Rope, Scale
 from adaptrt.tensor import Tensor, rows_cols
@@ -222,6 +223,7 @@ class NativeExecutable:
         self._calls, self._ffi = calls, calls.ffi
         self._loaded = ProgramStructs(calls, program, tensors)
         self._adapters: dict[int, Structs] = {}
+        self._logits = ReusedMemory()
         self._vocabulary = program.vocab_size
         self._executable = self._ffi.NULL
         native_options = {
@@ -293,7 +295,7 @@ class NativeExecutable:
         """
         executable, structs = self._open(), Structs(self._calls)
         check_lengths(batch)
-        logits = np.empty((len(batch.logit_rows), self._vocabulary), np.float32)
+        logits = self._logits.lend(len(batch.logit_rows), self._vocabulary)
         names = (
             "tokens",
             "positions",
