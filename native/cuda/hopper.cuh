@@ -28,16 +28,31 @@ __device__ inline void wait_barrier(uint64_t *barrier, int parity) {
   }
 }
 
+__device__ inline void arrive(uint64_t *barrier) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
 // One arrival, and so many bytes to come.
 __device__ inline void expect_bytes(uint64_t *barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
 }
 
+// ---- copies ----
+
+// A box of a two-dimensional array, from (column, row) on; what lies outside of the array arrives as zeros.
+__device__ inline void copy_box(void *to, const CUtensorMap &map, int column, int row, uint64_t *barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+          shared_address(to)),
+      "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier))
+      : "memory");
+}
+
 // ---- clusters ----
 
-// A box of a two-dimensional array, from (column, row) on, to the same place in every block of the cluster that
-// `blocks` has a bit for, and counted by the barrier there; what lies outside of the array arrives as zeros.
+// Such a box to the same place in every block of the cluster that `blocks` has a bit for, and counted by the barrier
+// there.
 __device__ inline void copy_box_to_cluster(void *to, const CUtensorMap &map, int column, int row, uint64_t *barrier,
                                            uint16_t blocks) {
   asm volatile(
@@ -69,6 +84,18 @@ __device__ inline void arrive_in_cluster(uint64_t *barrier, uint32_t rank) {
 
 __device__ inline void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
+// ---- flags in global memory ----
+
+// What was written before announce is seen by who has awaited it.
+__device__ inline void announce(uint32_t *flag) {
+  asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory");
+}
+__device__ inline void await(uint32_t *flag) {
+  uint32_t there = 0;
+  while (!there) asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(there) : "l"(flag) : "memory");
+  *flag = 0;
+}
+
 // ---- warpgroups ----
 
 // Registers move between warpgroups: one that needs few gives up some, one that multiplies takes them.
@@ -96,7 +123,7 @@ __device__ inline void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(in_flight) : "memory");
 }
 
-// d[64 rows, n] += a[64 rows, 16] b[n, 16]^T: 8, 16, 32 or 64 registers of sums for n = 16, 32, 64 or 128.
+// d[64 rows, n] += a[64 rows, 16] b[n, 16]^T: n / 2 registers of sums.
 #define SUMS_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define SUMS_8(d, i) SUMS_4(d, i), SUMS_4(d, i + 4)
 #define SUMS_16(d, i) SUMS_8(d, i), SUMS_8(d, i + 8)
@@ -132,6 +159,17 @@ __device__ inline void warpgroup_product<64>(float (&d)[32], const uint32_t (&a)
       "%14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, "
       "%36, 1, 1, 1, 0;"
       : SUMS_32(d, 0)
+      : OPERANDS(a, b));
+}
+
+template <>
+__device__ inline void warpgroup_product<112>(float (&d)[56], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n112k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "
+      "%12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, "
+      "%33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, "
+      "%54, %55}, {%56, %57, %58, %59}, %60, 1, 1, 1, 0;"
+      : SUMS_32(d, 0), SUMS_16(d, 32), SUMS_8(d, 48)
       : OPERANDS(a, b));
 }
 

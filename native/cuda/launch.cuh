@@ -29,11 +29,19 @@ struct product_call {
   cudaStream_t stream;
 };
 
+// Columns in boxes of 64, tokens in boxes of n: what one copy to shared memory fetches, on Hopper.
+cudaError_t describe_tokens(const product_call &call, int n, CUtensorMap *map);
+
 // product_few.cu: up to few_tokens tokens; how many at once depends on their length.
 constexpr int few_tokens = 16, most_parts = 2;
 int few_tokens_at_once(const product_context &context, const packed_matrix &w);
 cudaError_t launch_few(const product_call &call);
 cudaError_t prepare_few(product_context &context);
+
+// product_some.cu: nf4 and int8, up to some_tokens tokens, on Hopper.
+constexpr int some_tokens = 112;
+cudaError_t launch_some(const product_call &call);
+size_t some_workspace_bytes(const product_context &context);
 
 // product_many.cu: any number of tokens, on Hopper.
 cudaError_t launch_many(const product_call &call);

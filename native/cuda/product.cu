@@ -1,4 +1,5 @@
 // Which kernel multiplies.
+#include <algorithm>
 #include <new>
 
 #include "quant_tables.h"
@@ -14,6 +15,17 @@ static cudaError_t find_tensor_map_encoder(product_context *context) {
   if (status != cudaSuccess || found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
   context->encode_tensor_map = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
   return cudaSuccess;
+}
+
+cudaError_t describe_tokens(const product_call &call, int n, CUtensorMap *map) {
+  cuuint64_t sizes[2] = {cuuint64_t(call.w.cols), cuuint64_t(call.tokens)};
+  cuuint64_t strides[1] = {cuuint64_t(call.x_stride) * sizeof(__nv_bfloat16)};
+  cuuint32_t box[2] = {block_cols, cuuint32_t(n)}, steps[2] = {1, 1};
+  CUresult status = call.context->encode_tensor_map(
+      map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<__nv_bfloat16 *>(call.x), sizes, strides, box, steps,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 cudaError_t product_create(int device, product_context **out) {
@@ -45,19 +57,21 @@ void product_destroy(product_context *context) {
 }
 
 // Which kernels are best for how many tokens, measured on an H200 (spec/performance.md).
-enum class way { few, many, dense };
+enum class way { few, some, many, dense };
 
 static way choose(const product_context &context, const packed_matrix &w, int tokens) {
   int dense_from = context.hopper ? 1024 : 64, at_once = few_tokens_at_once(context, w);
   if (at_once == 0 && !context.hopper) dense_from = 1;  // rows too long for the shared memory of a small GPU
   if (tokens >= dense_from && can_multiply_dense(context, w)) return way::dense;
-  return context.hopper && tokens > at_once ? way::many : way::few;
+  if (!context.hopper || tokens <= at_once) return way::few;
+  return tokens <= some_tokens && w.kind != weight_kind::bf16 ? way::some : way::many;
 }
 
 size_t product_workspace_bytes(const product_context *context, const packed_matrix &w, int max_tokens) {
-  size_t most = context->hopper ? many_workspace_bytes(*context) : workspace_zero_bytes;
-  if (choose(*context, w, max_tokens) != way::dense) return most;
-  return most > dense_workspace_bytes(w) ? most : dense_workspace_bytes(w);
+  size_t most = workspace_zero_bytes;
+  if (context->hopper) most = std::max(some_workspace_bytes(*context), many_workspace_bytes(*context));
+  if (choose(*context, w, max_tokens) == way::dense) most = std::max(most, dense_workspace_bytes(w));
+  return most;
 }
 
 // Tokens in groups that fit into the kernel for few of them.
@@ -86,6 +100,7 @@ cudaError_t launch_product(const product_context *context, const packed_matrix &
   product_call call = {context, w, x, x_stride, tokens, out, workspace, stream};
   switch (choose(*context, w, tokens)) {
     case way::dense: return launch_dense(call);
+    case way::some: return launch_some(call);
     case way::many: return launch_many(call);
     default: return launch_in_groups(call);
   }
