@@ -1,0 +1,264 @@
+#include "lone.cuh"
+
+#include <algorithm>
+
+#include "expand.cuh"
+#include "quant_tables.h"
+
+namespace adaptrt {
+namespace {
+
+__device__ int lane_index() { return threadIdx.x % warp_size; }
+
+// A record of a table, all of it on its way at once: taken field by field, each would be waited for.
+template <typename record>
+__device__ record read_whole(const record *from) {
+  constexpr int n = sizeof(record) / sizeof(uint4);
+  static_assert(sizeof(record) % sizeof(uint4) == 0, "in vectors");
+  uint4 words[n];
+#pragma unroll
+  for (int i = 0; i < n; i++)
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[i].x), "=r"(words[i].y), "=r"(words[i].z), "=r"(words[i].w)
+                 : "l"(reinterpret_cast<const uint4 *>(from) + i));
+  record out;
+  memcpy(&out, words, sizeof(out));
+  return out;
+}
+
+// ---- V x: 16 ranks of a token, by a block of threads ----
+
+constexpr int most_warps = 16;
+
+// What a warp needs for 64 inputs.
+template <weight_kind kind>
+struct shrink_piece {
+  piece_codes<kind> codes;
+  float scales[2];
+  uint4 x[2];
+
+  __device__ void load_factor(const factor &v, int piece) {
+    codes.load(v, piece);
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+      scales[h] = kind == weight_kind::bf16 ? 1.f : __ldg(v.scales + piece * panel_ranks + lane_index() / 4 + 8 * h);
+  }
+  __device__ void load_input(const __nv_bfloat16 *token, int block) {
+    const uint4 *from = reinterpret_cast<const uint4 *>(token + block * BLOCK) + lane_index() % 4 * 2;
+    x[0] = from[0], x[1] = from[1];
+  }
+  __device__ void multiply(float sums[2]) const {
+    float c[4] = {};
+#pragma unroll
+    for (int s = 0; s < 4; s++) {
+      uint32_t a[4];
+      codes.step(s, a);
+      multiply_add(c, a, word_of(x[s / 2], s % 2 * 2), word_of(x[s / 2], s % 2 * 2 + 1));
+    }
+    sums[0] += scales[0] * c[0], sums[1] += scales[1] * c[2];
+  }
+};
+
+template <weight_kind kind>
+__global__ void __launch_bounds__(most_warps *warp_size) shrink_lone(const __grid_constant__ lone_call lone) {
+  __shared__ float parts[most_warps][panel_ranks];
+  const adapter_call &c = lone.call;
+  const member &m = c.members[blockIdx.x / lone.rank_pieces];
+  const token_tile tile = read_whole(c.tiles + blockIdx.y);
+  const attachment what = read_whole(tile.head.attachments + m.target);
+  const term &t = what.first;
+  int rank_piece = blockIdx.x % lone.rank_pieces, first_rank = rank_piece * panel_ranks;
+  if (!what.acts || !what.n_terms || first_rank >= t.width) {
+    wait_for_before();
+    return;
+  }
+  int warp = threadIdx.x / warp_size, warps = blockDim.x / warp_size, blocks = int((c.cols + BLOCK - 1) / BLOCK);
+  int first_piece = int(piece_of(t.v, rank_piece, 0));
+  const __nv_bfloat16 *x = c.x + tile.token * c.x_stride;
+  shrink_piece<kind> now, next;
+  float sums[2] = {};
+  now.load_factor(t.v, first_piece + min(warp, blocks - 1));
+  next.load_factor(t.v, first_piece + min(warp + warps, blocks - 1));
+  wait_for_before();
+  now.load_input(x, min(warp, blocks - 1));
+  next.load_input(x, min(warp + warps, blocks - 1));
+#pragma unroll 1
+  for (int block = warp; block < blocks; block += warps) {
+    now.multiply(sums);
+    now = next;
+    int ahead = min(block + 2 * warps, blocks - 1);
+    next.load_factor(t.v, first_piece + ahead);
+    next.load_input(x, ahead);
+  }
+  if (lane_index() % 4 == 0)  // all columns are the same token
+    parts[warp][lane_index() / 4] = sums[0], parts[warp][lane_index() / 4 + 8] = sums[1];
+  __syncthreads();
+  int r = threadIdx.x;
+  if (r >= panel_ranks || first_rank + r >= t.width) return;
+  float sum = 0;
+#pragma unroll 1
+  for (int w = 0; w < warps; w++) sum += parts[w][r];
+  c.hidden[hidden_start(c, tile.head, m, t) + first_rank + r] = sum * (t.d ? t.scale * t.d[first_rank + r] : t.scale);
+}
+
+// ---- U h: runs of 64 outputs of a token, by a warp ----
+
+template <weight_kind kind>
+constexpr int expand_warps = kind == weight_kind::bf16 ? 24 : 32;  // the only block of threads of a multiprocessor
+
+// What a warp needs for 64 outputs by 16 ranks.
+template <weight_kind kind>
+struct expand_piece {
+  piece_codes<kind> codes;
+  float2 scales[2], y;
+
+  __device__ void load_factor(const factor &u, int piece) {
+    codes.load(u, piece);
+    lane_ranks::load_scales<kind>(u.scales + piece * panel_ranks, scales);
+  }
+  __device__ void multiply(const lane_ranks &hidden, const decoder<kind> &decode, float c[4]) const {
+    uint32_t b[2];
+    hidden.column<kind>(scales, b);
+#pragma unroll
+    for (int s = 0; s < 4; s++) {
+      uint32_t a[4];
+      decode.step(codes.vector, s, a);
+      bool mine = lane_index() / 8 == s;
+      multiply_add(c, a, mine ? b[0] : 0, mine ? b[1] : 0);
+    }
+  }
+};
+
+__device__ float2 vector_at(const float *vector, int row) {
+  return vector ? *reinterpret_cast<const float2 *>(vector + row) : make_float2(1, 1);
+}
+
+// A place in a run: the row where its 64 outputs start, and a piece of ranks.
+struct run_place {
+  int row, rank_piece;
+  __device__ void next(int rank_pieces) {
+    if (++rank_piece < rank_pieces) return;
+    rank_piece = 0, row += BLOCK;
+  }
+};
+
+// y = g_out * (y + e * U hidden) for the outputs of blocks [first, end) of a member and a token.
+template <weight_kind kind>
+__device__ void expand_run(const adapter_call &c, const member &m, const token_tile &tile, int first, int end,
+                           const decoder<kind> &decode) {
+  const attachment what = read_whole(tile.head.attachments + m.target);
+  const term &t = what.first;
+  bool has_term = what.acts && what.n_terms;
+  if (!has_term && !(what.acts && what.g_out)) return;
+  int width = has_term ? int(t.width) : 0, ranks = max(1, (width + panel_ranks - 1) / panel_ranks);
+  int lane_row = lane_outputs<true>::row(0), rows = int(m.rows) - lane_row;
+  int piece = first * ranks, last = end * ranks - 1;
+  float *y = c.y + tile.token * c.y_stride + m.row + lane_row;
+  hidden_values hidden = {c.hidden + hidden_start(c, tile.head, m, t), width, 1};
+  expand_piece<kind> now, next;
+  if (has_term) now.load_factor(t.u, piece), next.load_factor(t.u, min(piece + 1, last));
+  wait_for_before();
+  lane_ranks values;
+  values.load(hidden, 0, 0);
+  auto load_outputs = [&](expand_piece<kind> &p, int row) {
+    if (row < rows) p.y = *reinterpret_cast<const float2 *>(y + row);
+  };
+  run_place at = {first * BLOCK, 0}, ahead = at;
+  load_outputs(now, ahead.row), ahead.next(ranks);
+  load_outputs(next, ahead.row), ahead.next(ranks);
+  float sums[4] = {};
+#pragma unroll 1
+  for (; piece <= last; piece++) {
+    if (has_term) now.multiply(values, decode, sums);
+    float2 old = now.y;
+    int row = at.row;
+    now = next;
+    if (has_term) next.load_factor(t.u, min(piece + 2, last));
+    load_outputs(next, ahead.row), ahead.next(ranks), at.next(ranks);
+    if (ranks > 1) values.load(hidden, 0, at.rank_piece * panel_ranks);
+    if (at.rank_piece || row >= rows) continue;
+    float2 e = vector_at(t.e, lane_row + row), gain = vector_at(what.g_out, lane_row + row);
+    *reinterpret_cast<float2 *>(y + row) =
+        make_float2(gain.x * (old.x + e.x * (sums[0] + sums[1])), gain.y * (old.y + e.y * (sums[2] + sums[3])));
+#pragma unroll
+    for (int i = 0; i < 4; i++) sums[i] = 0;
+  }
+}
+
+// The division of work: runs of so many blocks of outputs, for each token.
+struct run_division {
+  int run, runs, of_member[most_members];
+};
+
+// A warp's neighbours are in other blocks of threads, so that few have many multiprocessors.
+template <weight_kind kind>
+__global__ void __launch_bounds__(expand_warps<kind> *warp_size, 1)
+    expand_lone(const __grid_constant__ lone_call lone, const __grid_constant__ run_division work,
+                const __grid_constant__ nf4_values codebook) {
+  extern __shared__ __align__(1024) uint8_t table[];
+  const adapter_call &c = lone.call;
+  if constexpr (kind == weight_kind::nf4) {
+    fill_pair_table(table, codebook, blockDim.x);
+    __syncthreads();
+  }
+  decoder<kind> decode = {shared_address(table) - shared_start + lane_index() * 4};
+  unsigned all = work.runs * c.n_tiles;
+#pragma unroll 1
+  for (unsigned n = blockIdx.x + threadIdx.x / warp_size * gridDim.x; n < all; n += expand_warps<kind> * gridDim.x) {
+    unsigned token = n / work.runs;
+    const token_tile tile = read_whole(c.tiles + token);
+    int at = int(n - token * work.runs), i = 0;
+    for (; at >= work.of_member[i]; i++) at -= work.of_member[i];
+    const member &m = c.members[i];
+    int first = at * work.run, end = min(first + work.run, (int(m.rows) + BLOCK - 1) / BLOCK);
+    if (tile.n) expand_run<kind>(c, m, tile, first, end, decode);
+  }
+  wait_for_before();
+}
+
+run_division divide(const adapter_call &call, int run) {
+  run_division work = {run};
+  for (int i = 0; i < call.n_members; i++)
+    work.runs += work.of_member[i] = int((call.members[i].rows + BLOCK * run - 1) / (BLOCK * run));
+  return work;
+}
+
+int warps_for(int64_t blocks, int multiprocessors) { return blocks <= multiprocessors ? 16 : 8; }
+
+template <weight_kind kind>
+void launch_expand_kind(const queue &q, const lone_call &lone, int multiprocessors) {
+  constexpr int warps = expand_warps<kind>, most_blocks_of_warp = 16;
+  int64_t blocks = int64_t(divide(lone.call, 1).runs) * lone.call.n_tiles, together = int64_t(warps) * multiprocessors;
+  run_division work = divide(lone.call, int(std::min<int64_t>(most_blocks_of_warp, (blocks + together - 1) / together)));
+  nf4_values codebook;
+  for (int i = 0; i < 16; i++) codebook.value[i] = __float2bfloat16(NF4_CODEBOOK[i]);
+  int shared_bytes = kind == weight_kind::nf4 ? pair_table_bytes : 0;
+  check(cudaFuncSetAttribute(expand_lone<kind>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), "adapters");
+  dim3 grid(unsigned(std::min<int64_t>(multiprocessors, int64_t(work.runs) * lone.call.n_tiles)));
+  launch(q, expand_lone<kind>, grid, warps * warp_size, size_t(shared_bytes), lone, work, codebook);
+}
+
+}  // namespace
+
+bool in_fours(const adapter_call &call) {
+  int64_t all = call.y_stride;
+  for (int i = 0; i < call.n_members; i++) all |= call.members[i].row | call.members[i].rows;
+  return all % 4 == 0 && reinterpret_cast<uintptr_t>(call.y) % 16 == 0;
+}
+
+void launch_shrink_lone(const queue &q, const lone_call &lone, int multiprocessors) {
+  void (*kernels[])(lone_call) = {shrink_lone<weight_kind::nf4>, shrink_lone<weight_kind::int8>,
+                                  shrink_lone<weight_kind::bf16>};
+  dim3 grid(unsigned(lone.call.n_members * lone.rank_pieces), unsigned(lone.call.n_tiles));
+  int warps = warps_for(int64_t(grid.x) * grid.y, multiprocessors);
+  launch(q, kernels[int(lone.kind)], grid, unsigned(warps * warp_size), 0, lone);
+}
+
+void launch_expand_lone(const queue &q, const lone_call &lone, int multiprocessors) {
+  void (*launchers[])(const queue &, const lone_call &, int) = {launch_expand_kind<weight_kind::nf4>,
+                                                                launch_expand_kind<weight_kind::int8>,
+                                                                launch_expand_kind<weight_kind::bf16>};
+  launchers[int(lone.kind)](q, lone, multiprocessors);
+}
+
+}  // namespace adaptrt
