@@ -66,6 +66,9 @@ adapter_call adapted_members::describe(const adrt_executable &e) const {
   return call;
 }
 
+// The head's tokens are others.
+bool adapted_members::has_lone_records(const adrt_executable &e) const { return !head_ && e.plan.wants_lone_records(); }
+
 // Whether adapters are as lone.cuh says; then of which kind, and how wide.
 bool adapted_members::are_lone(const adrt_executable &e, const adapter_call &call, lone_call &lone) const {
   const segment_plan &s = segments(e);
@@ -80,7 +83,7 @@ bool adapted_members::are_lone(const adrt_executable &e, const adapter_call &cal
     dtype = std::max(dtype, a.dtype);
     width = std::max(width, a.width);
   }
-  lone = {call, panel_kind(dtype), int(shrink_chunks(width))};
+  lone = {call, panel_kind(dtype), int(shrink_chunks(width)), e.lone_records.as<lone_record>()};
   return true;
 }
 
@@ -123,7 +126,7 @@ extend_call adapted_members::before(adrt_executable &e, const adapter_call &call
   adapter_call shrink = call;
   shrink.tiles = s.device_shrink_tiles, shrink.n_tiles = int32_t(s.shrink_tiles.size());
   lone_call lone;
-  if (are_lone(e, shrink, lone))
+  if (has_lone_records(e) && are_lone(e, call, lone))
     launch_shrink_lone(e.queue(), lone, e.multiprocessors);
   else
     launch_shrink(e.queue(), shrink, chunks(e), e.multiprocessors);
@@ -133,7 +136,7 @@ extend_call adapted_members::before(adrt_executable &e, const adapter_call &call
 void adapted_members::after(adrt_executable &e, const adapter_call &call, const extend_call &left) const {
   if (left.n_members) launch_extend(e.queue(), left, e.multiprocessors);
   lone_call lone;
-  if (are_lone(e, call, lone) && in_fours(call))
+  if (has_lone_records(e) && are_lone(e, call, lone) && in_fours(call))
     launch_expand_lone(e.queue(), lone, e.multiprocessors);
   else if (std::any_of(members_.begin(), members_.end(),
                        [&](const product_member &m) { return m.bias || has_other(e, m); }))

@@ -179,7 +179,7 @@ struct adrt_executable {
   __nv_bfloat16 *gathered = nullptr;  // [tokens, width of the head's input]
   int32_t logit_room = 0;
   adaptrt::device_memory logits;      // [logit_room, logit_rows] float
-  adaptrt::device_memory mapped_memory, workspace, partial, arrived, hidden, projected, riding;
+  adaptrt::device_memory mapped_memory, workspace, partial, arrived, hidden, projected, riding, lone_records;
   adaptrt::pinned_memory host_logits;
 
   adaptrt::plan plan;

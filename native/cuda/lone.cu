@@ -10,25 +10,46 @@ namespace {
 
 __device__ int lane_index() { return threadIdx.x % warp_size; }
 
-// A record of a table, all of it on its way at once: taken field by field, each would be waited for.
-template <typename record>
-__device__ record read_whole(const record *from) {
-  constexpr int n = sizeof(record) / sizeof(uint4);
-  static_assert(sizeof(record) % sizeof(uint4) == 0, "in vectors");
+// All of it on its way at once: taken field by field, each would be waited for.
+__device__ lone_record record_of(const lone_call &lone, const member &m, int tile) {
+  constexpr int n = sizeof(lone_record) / sizeof(uint4);
+  const uint4 *from = reinterpret_cast<const uint4 *>(lone.records + m.target * lone.call.n_tiles + tile);
   uint4 words[n];
 #pragma unroll
   for (int i = 0; i < n; i++)
     asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(words[i].x), "=r"(words[i].y), "=r"(words[i].z), "=r"(words[i].w)
-                 : "l"(reinterpret_cast<const uint4 *>(from) + i));
-  record out;
+                 : "l"(from + i));
+  lone_record out;
   memcpy(&out, words, sizeof(out));
   return out;
 }
 
+constexpr int resolve_threads = 128;
+
+// The first term of each token's adapter.
+__global__ void __launch_bounds__(resolve_threads) resolve(const token_tile *tiles, int n_tiles, lone_record *records) {
+  wait_for_before();
+  int i = blockIdx.x * resolve_threads + threadIdx.x, target = blockIdx.y;
+  if (i >= n_tiles) return;
+  const application &a = tiles[i].head;
+  lone_record r = {};
+  r.row = a.rows_before;
+  if (tiles[i].n && a.attachments[target].acts) {
+    const attachment &what = a.attachments[target];
+    const term &t = what.first;
+    r.g_out = what.g_out;
+    if (what.n_terms) r = {t.v.data, t.u.data, t.v.scales, t.u.scales, t.d, t.e, r.g_out, t.scale, int(t.width), r.row};
+  }
+  records[target * n_tiles + i] = r;
+}
+
 // ---- V x: 16 ranks of a token, by a block of threads ----
 
-constexpr int most_warps = 16;
+// Of a block of threads that has a multiprocessor for itself, here and below.
+constexpr int least_warps = 4;
+template <weight_kind kind>
+constexpr int most_warps = kind == weight_kind::bf16 ? 24 : kind == weight_kind::int8 ? 28 : 32;
 
 // What a warp needs for 64 inputs.
 template <weight_kind kind>
@@ -37,11 +58,11 @@ struct shrink_piece {
   float scales[2];
   uint4 x[2];
 
-  __device__ void load_factor(const factor &v, int piece) {
-    codes.load(v, piece);
+  __device__ void load_factor(const lone_record &t, int piece) {
+    codes.load(t.v, piece);
 #pragma unroll
     for (int h = 0; h < 2; h++)
-      scales[h] = kind == weight_kind::bf16 ? 1.f : __ldg(v.scales + piece * panel_ranks + lane_index() / 4 + 8 * h);
+      scales[h] = kind == weight_kind::bf16 ? 1.f : __ldg(t.v_scales + piece * panel_ranks + lane_index() / 4 + 8 * h);
   }
   __device__ void load_input(const __nv_bfloat16 *token, int block) {
     const uint4 *from = reinterpret_cast<const uint4 *>(token + block * BLOCK) + lane_index() % 4 * 2;
@@ -60,25 +81,23 @@ struct shrink_piece {
 };
 
 template <weight_kind kind>
-__global__ void __launch_bounds__(most_warps *warp_size) shrink_lone(const __grid_constant__ lone_call lone) {
-  __shared__ float parts[most_warps][panel_ranks];
+__global__ void __launch_bounds__(most_warps<kind> *warp_size) shrink_lone(const __grid_constant__ lone_call lone) {
+  __shared__ float parts[most_warps<kind>][panel_ranks];
   const adapter_call &c = lone.call;
   const member &m = c.members[blockIdx.x / lone.rank_pieces];
-  const token_tile tile = read_whole(c.tiles + blockIdx.y);
-  const attachment what = read_whole(tile.head.attachments + m.target);
-  const term &t = what.first;
+  const lone_record t = record_of(lone, m, blockIdx.y);
   int rank_piece = blockIdx.x % lone.rank_pieces, first_rank = rank_piece * panel_ranks;
-  if (!what.acts || !what.n_terms || first_rank >= t.width) {
+  if (first_rank >= t.width) {
     wait_for_before();
     return;
   }
   int warp = threadIdx.x / warp_size, warps = blockDim.x / warp_size, blocks = int((c.cols + BLOCK - 1) / BLOCK);
-  int first_piece = int(piece_of(t.v, rank_piece, 0));
-  const __nv_bfloat16 *x = c.x + tile.token * c.x_stride;
+  int first_piece = rank_piece * blocks;
+  const __nv_bfloat16 *x = c.x + blockIdx.y * c.x_stride;
   shrink_piece<kind> now, next;
   float sums[2] = {};
-  now.load_factor(t.v, first_piece + min(warp, blocks - 1));
-  next.load_factor(t.v, first_piece + min(warp + warps, blocks - 1));
+  now.load_factor(t, first_piece + min(warp, blocks - 1));
+  next.load_factor(t, first_piece + min(warp + warps, blocks - 1));
   wait_for_before();
   now.load_input(x, min(warp, blocks - 1));
   next.load_input(x, min(warp + warps, blocks - 1));
@@ -87,7 +106,7 @@ __global__ void __launch_bounds__(most_warps *warp_size) shrink_lone(const __gri
     now.multiply(sums);
     now = next;
     int ahead = min(block + 2 * warps, blocks - 1);
-    next.load_factor(t.v, first_piece + ahead);
+    next.load_factor(t, first_piece + ahead);
     next.load_input(x, ahead);
   }
   if (lane_index() % 4 == 0)  // all columns are the same token
@@ -98,13 +117,10 @@ __global__ void __launch_bounds__(most_warps *warp_size) shrink_lone(const __gri
   float sum = 0;
 #pragma unroll 1
   for (int w = 0; w < warps; w++) sum += parts[w][r];
-  c.hidden[hidden_start(c, tile.head, m, t) + first_rank + r] = sum * (t.d ? t.scale * t.d[first_rank + r] : t.scale);
+  c.hidden[t.row * c.hidden_width + m.hidden + first_rank + r] = sum * (t.d ? t.scale * t.d[first_rank + r] : t.scale);
 }
 
 // ---- U h: runs of 64 outputs of a token, by a warp ----
-
-template <weight_kind kind>
-constexpr int expand_warps = kind == weight_kind::bf16 ? 24 : 32;  // the only block of threads of a multiprocessor
 
 // What a warp needs for 64 outputs by 16 ranks.
 template <weight_kind kind>
@@ -112,9 +128,9 @@ struct expand_piece {
   piece_codes<kind> codes;
   float2 scales[2], y;
 
-  __device__ void load_factor(const factor &u, int piece) {
-    codes.load(u, piece);
-    lane_ranks::load_scales<kind>(u.scales + piece * panel_ranks, scales);
+  __device__ void load_factor(const lone_record &t, int piece) {
+    codes.load(t.u, piece);
+    lane_ranks::load_scales<kind>(t.u_scales + piece * panel_ranks, scales);
   }
   __device__ void multiply(const lane_ranks &hidden, const decoder<kind> &decode, float c[4]) const {
     uint32_t b[2];
@@ -144,19 +160,18 @@ struct run_place {
 
 // y = g_out * (y + e * U hidden) for the outputs of blocks [first, end) of a member and a token.
 template <weight_kind kind>
-__device__ void expand_run(const adapter_call &c, const member &m, const token_tile &tile, int first, int end,
+__device__ void expand_run(const lone_call &lone, const member &m, int token, int first, int end,
                            const decoder<kind> &decode) {
-  const attachment what = read_whole(tile.head.attachments + m.target);
-  const term &t = what.first;
-  bool has_term = what.acts && what.n_terms;
-  if (!has_term && !(what.acts && what.g_out)) return;
-  int width = has_term ? int(t.width) : 0, ranks = max(1, (width + panel_ranks - 1) / panel_ranks);
+  const adapter_call &c = lone.call;
+  const lone_record t = record_of(lone, m, token);
+  if (!t.width && !t.g_out) return;
+  int ranks = max(1, (t.width + panel_ranks - 1) / panel_ranks);
   int lane_row = lane_outputs<true>::row(0), rows = int(m.rows) - lane_row;
   int piece = first * ranks, last = end * ranks - 1;
-  float *y = c.y + tile.token * c.y_stride + m.row + lane_row;
-  hidden_values hidden = {c.hidden + hidden_start(c, tile.head, m, t), width, 1};
+  float *y = c.y + token * c.y_stride + m.row + lane_row;
+  hidden_values hidden = {c.hidden + t.row * c.hidden_width + m.hidden, t.width, 1};
   expand_piece<kind> now, next;
-  if (has_term) now.load_factor(t.u, piece), next.load_factor(t.u, min(piece + 1, last));
+  if (t.width) now.load_factor(t, piece), next.load_factor(t, min(piece + 1, last));
   wait_for_before();
   lane_ranks values;
   values.load(hidden, 0, 0);
@@ -169,15 +184,15 @@ __device__ void expand_run(const adapter_call &c, const member &m, const token_t
   float sums[4] = {};
 #pragma unroll 1
   for (; piece <= last; piece++) {
-    if (has_term) now.multiply(values, decode, sums);
+    if (t.width) now.multiply(values, decode, sums);
     float2 old = now.y;
     int row = at.row;
     now = next;
-    if (has_term) next.load_factor(t.u, min(piece + 2, last));
+    if (t.width) next.load_factor(t, min(piece + 2, last));
     load_outputs(next, ahead.row), ahead.next(ranks), at.next(ranks);
     if (ranks > 1) values.load(hidden, 0, at.rank_piece * panel_ranks);
     if (at.rank_piece || row >= rows) continue;
-    float2 e = vector_at(t.e, lane_row + row), gain = vector_at(what.g_out, lane_row + row);
+    float2 e = vector_at(t.e, lane_row + row), gain = vector_at(t.g_out, lane_row + row);
     *reinterpret_cast<float2 *>(y + row) =
         make_float2(gain.x * (old.x + e.x * (sums[0] + sums[1])), gain.y * (old.y + e.y * (sums[2] + sums[3])));
 #pragma unroll
@@ -192,7 +207,7 @@ struct run_division {
 
 // A warp's neighbours are in other blocks of threads, so that few have many multiprocessors.
 template <weight_kind kind>
-__global__ void __launch_bounds__(expand_warps<kind> *warp_size, 1)
+__global__ void __launch_bounds__(most_warps<kind> *warp_size, 1)
     expand_lone(const __grid_constant__ lone_call lone, const __grid_constant__ run_division work,
                 const __grid_constant__ nf4_values codebook) {
   extern __shared__ __align__(1024) uint8_t table[];
@@ -204,14 +219,12 @@ __global__ void __launch_bounds__(expand_warps<kind> *warp_size, 1)
   decoder<kind> decode = {shared_address(table) - shared_start + lane_index() * 4};
   unsigned all = work.runs * c.n_tiles;
 #pragma unroll 1
-  for (unsigned n = blockIdx.x + threadIdx.x / warp_size * gridDim.x; n < all; n += expand_warps<kind> * gridDim.x) {
-    unsigned token = n / work.runs;
-    const token_tile tile = read_whole(c.tiles + token);
-    int at = int(n - token * work.runs), i = 0;
+  for (unsigned n = blockIdx.x + threadIdx.x / warp_size * gridDim.x; n < all; n += most_warps<kind> * gridDim.x) {
+    int token = int(n / work.runs), at = int(n - token * work.runs), i = 0;
     for (; at >= work.of_member[i]; i++) at -= work.of_member[i];
     const member &m = c.members[i];
     int first = at * work.run, end = min(first + work.run, (int(m.rows) + BLOCK - 1) / BLOCK);
-    if (tile.n) expand_run<kind>(c, m, tile, first, end, decode);
+    expand_run<kind>(lone, m, token, first, end, decode);
   }
   wait_for_before();
 }
@@ -223,11 +236,17 @@ run_division divide(const adapter_call &call, int run) {
   return work;
 }
 
-int warps_for(int64_t blocks, int multiprocessors) { return blocks <= multiprocessors ? 16 : 8; }
+template <weight_kind kind>
+void launch_shrink_kind(const queue &q, const lone_call &lone, int multiprocessors) {
+  dim3 grid(unsigned(lone.call.n_members * lone.rank_pieces), unsigned(lone.call.n_tiles));
+  int64_t blocks = int64_t(grid.x) * grid.y, together = (blocks + multiprocessors - 1) / multiprocessors;
+  int warps = std::max<int>(least_warps, most_warps<kind> / int(std::min<int64_t>(together, most_warps<kind>)));
+  launch(q, shrink_lone<kind>, grid, unsigned(warps * warp_size), 0, lone);
+}
 
 template <weight_kind kind>
 void launch_expand_kind(const queue &q, const lone_call &lone, int multiprocessors) {
-  constexpr int warps = expand_warps<kind>, most_blocks_of_warp = 16;
+  constexpr int warps = most_warps<kind>, most_blocks_of_warp = 16;
   int64_t blocks = int64_t(divide(lone.call, 1).runs) * lone.call.n_tiles, together = int64_t(warps) * multiprocessors;
   run_division work = divide(lone.call, int(std::min<int64_t>(most_blocks_of_warp, (blocks + together - 1) / together)));
   nf4_values codebook;
@@ -238,6 +257,15 @@ void launch_expand_kind(const queue &q, const lone_call &lone, int multiprocesso
   launch(q, expand_lone<kind>, grid, warps * warp_size, size_t(shared_bytes), lone, work, codebook);
 }
 
+template <typename callable>
+void with_launcher(weight_kind kind, const callable &call) {
+  switch (kind) {
+    case weight_kind::nf4: return call(std::integral_constant<weight_kind, weight_kind::nf4>());
+    case weight_kind::int8: return call(std::integral_constant<weight_kind, weight_kind::int8>());
+    default: return call(std::integral_constant<weight_kind, weight_kind::bf16>());
+  }
+}
+
 }  // namespace
 
 bool in_fours(const adapter_call &call) {
@@ -246,19 +274,17 @@ bool in_fours(const adapter_call &call) {
   return all % 4 == 0 && reinterpret_cast<uintptr_t>(call.y) % 16 == 0;
 }
 
+void launch_resolve(const queue &q, const token_tile *tiles, int n_tiles, int n_targets, lone_record *records) {
+  launch(q, resolve, dim3(blocks_of(n_tiles, resolve_threads), unsigned(n_targets)), resolve_threads, 0, tiles, n_tiles,
+         records);
+}
+
 void launch_shrink_lone(const queue &q, const lone_call &lone, int multiprocessors) {
-  void (*kernels[])(lone_call) = {shrink_lone<weight_kind::nf4>, shrink_lone<weight_kind::int8>,
-                                  shrink_lone<weight_kind::bf16>};
-  dim3 grid(unsigned(lone.call.n_members * lone.rank_pieces), unsigned(lone.call.n_tiles));
-  int warps = warps_for(int64_t(grid.x) * grid.y, multiprocessors);
-  launch(q, kernels[int(lone.kind)], grid, unsigned(warps * warp_size), 0, lone);
+  with_launcher(lone.kind, [&](auto kind) { launch_shrink_kind<decltype(kind)::value>(q, lone, multiprocessors); });
 }
 
 void launch_expand_lone(const queue &q, const lone_call &lone, int multiprocessors) {
-  void (*launchers[])(const queue &, const lone_call &, int) = {launch_expand_kind<weight_kind::nf4>,
-                                                                launch_expand_kind<weight_kind::int8>,
-                                                                launch_expand_kind<weight_kind::bf16>};
-  launchers[int(lone.kind)](q, lone, multiprocessors);
+  with_launcher(lone.kind, [&](auto kind) { launch_expand_kind<decltype(kind)::value>(q, lone, multiprocessors); });
 }
 
 }  // namespace adaptrt

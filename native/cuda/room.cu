@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "executable.cuh"
+#include "lone.cuh"
 #include "ride.cuh"
 
 namespace adaptrt {
@@ -118,6 +119,8 @@ void make_adapter_room(adrt_executable &e) {
   grow(e, e.projected, size_t(tokens_or_logits * projected) * sizeof(float), "adapters");
   if (grow(e, e.riding, ride_bytes(e.multiprocessors), "adapters"))
     check(cudaMemsetAsync(e.riding.bytes(), 0, e.riding.size(), e.queues.main), "adapters");
+  if (e.plan.wants_lone_records())
+    grow(e, e.lone_records, size_t(e.plan.n_tokens) * e.points.size() * sizeof(lone_record), "adapters");
   if (!maps) return;
   int64_t stride = cpu_align(e.widest_input, BLOCK), tokens = e.token_room;
   size_t narrow = size_t(cpu_align(tokens * stride * int64_t(sizeof(__nv_bfloat16)), 256));

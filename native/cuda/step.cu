@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "executable.cuh"
+#include "lone.cuh"
 
 namespace adaptrt {
 namespace {
@@ -76,6 +77,8 @@ graph_key key_of_step(const adrt_executable &e) {
 
 void enqueue(adrt_executable &e, size_t first_stage, size_t end) {
   const plan &p = e.plan;
+  if (!first_stage && p.wants_lone_records())
+    launch_resolve(e.queue(), p.tokens.device_tiles, p.n_tokens, int(e.points.size()), e.lone_records.as<lone_record>());
   for (const rope_table &t : e.rope_tables)
     if (!first_stage)
       launch_fill_rope(e.queue(), p.device_positions, p.n_tokens, t.inverse, int(t.values.size()), t.factor, t.cos_sin);
