@@ -38,7 +38,7 @@ int64_t adapted_members::hidden_width(const adrt_executable &e) const {
 int64_t adapted_members::projected_width(const adrt_executable &e) const {
   int64_t width = 0;
   for (const product_member &m : members_)
-    if (has_common(e, m)) width += projected_stride(acting(e, m).v->f.rows);
+    if (has_common(e, m)) width += project_splits * projected_stride(acting(e, m).v->f.rows);
   return width;
 }
 
@@ -112,7 +112,7 @@ extend_call adapted_members::project(adrt_executable &e, const adapter_call &cal
     if (!projected) {
       launch_project(e.queue(), {dense_form(e, *a.v), call.x, call.x_stride, call.cols, n, to});
       projected = to;
-      to += n * projected_stride(a.v->f.rows);
+      to += project_splits * n * projected_stride(a.v->f.rows);
     }
     const member &m = call.members[i];
     later.members[later.n_members++] = {m.elsewhere, m.target, dense_form(e, *a.u), projected, m.row, m.rows};

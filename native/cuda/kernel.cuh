@@ -42,29 +42,20 @@ struct queue {
   bool overlap;  // kernels may start before the ones before them end
 };
 
-// In clusters of `cluster` blocks along z; only Hopper has them.
 template <typename... parameters, typename... arguments>
-void launch_in_clusters(const queue &q, unsigned cluster, void (*kernel)(parameters...), dim3 grid, unsigned block,
-                        size_t shared_bytes, const arguments &...values) {
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {1, 1, cluster};
+void launch(const queue &q, void (*kernel)(parameters...), dim3 grid, unsigned block, size_t shared_bytes,
+            const arguments &...values) {
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(block);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = q.stream;
-  config.attrs = attributes;
-  config.numAttrs = !q.overlap ? 0 : cluster > 1 ? 2 : 1;
+  config.attrs = &overlap;
+  config.numAttrs = q.overlap ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, parameters(values)...), "launch of a kernel");
-}
-
-template <typename... parameters, typename... arguments>
-void launch(const queue &q, void (*kernel)(parameters...), dim3 grid, unsigned block, size_t shared_bytes,
-            const arguments &...values) {
-  launch_in_clusters(q, 1, kernel, grid, block, shared_bytes, values...);
 }
 
 constexpr int warp_size = 32;

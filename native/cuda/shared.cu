@@ -11,9 +11,7 @@ namespace {
 // a lane takes 16 bytes, 8 columns, of a row, which are the operands of two products of 16 columns. Which columns
 // these are does not matter as long as both sides have the same.
 constexpr int tile = 32, step_cols = 32;
-constexpr int project_warps = 8, project_threads = project_warps * warp_size;
-constexpr int project_splits = 4;  // blocks of a cluster
-constexpr int extend_warps = 4, extend_rows = extend_warps * tile;
+constexpr int project_warps = 8, extend_warps = 4, extend_rows = extend_warps * tile;
 constexpr int extend_blocks = 3;    // of a multiprocessor
 constexpr int hidden_padding = 32;  // of a row in shared memory: then the rows of neighbouring lanes meet in no bank
 
@@ -36,54 +34,25 @@ __device__ uint4 load16(const __nv_bfloat16 *at) { return *reinterpret_cast<cons
 
 // ---- project ----
 
-// Where register i of tile_sums is, and whose it is, in the tile.
-__device__ int row_of_sum(int i) { return i / 16 * 16 + i / 2 % 2 * 8; }
-__device__ int token_of_sum(int i) { return i / 4 % 4 * 8 + i % 2; }
-
-// Stores the sums of a tile, which the blocks of a cluster have parts of, in the order of tile_sums.
-__device__ void store_sums(const project_call &c, const float *sums) {
-  int first = 0, count = tile * tile;
-#if __CUDA_ARCH__ >= 900
-  wait_for_writes_of_cluster();
-  count /= int(gridDim.z), first = count * int(blockIdx.z);
-#endif
-#pragma unroll 1
-  for (int i = first + threadIdx.x; i < first + count; i += project_threads) {
-    float sum = 0;
-#if __CUDA_ARCH__ >= 900
-#pragma unroll 1
-    for (int block = 0; block < int(gridDim.z); block++) sum += load_of_cluster(shared_address(sums + i), block);
-#else
-    sum = sums[i];
-#endif
-    int lane = i % warp_size, row = blockIdx.x * tile + row_of_sum(i / warp_size) + lane / 4;
-    int token = blockIdx.y * tile + token_of_sum(i / warp_size) + lane % 4 * 2;
-    if (token < c.tokens) c.out[token * projected_stride(c.v.rows) + row] = sum;
-  }
-#if __CUDA_ARCH__ >= 900
-  wait_for_writes_of_cluster();  // none ends before the others have read
-#endif
-}
-
-// A tile of V's rows and tokens; the warps of the blocks of a cluster share its columns.
-__global__ void __launch_bounds__(project_threads) project(const project_call c) {
+// A tile of V's rows and tokens; the warps of the blocks of a tile share its columns.
+__global__ void __launch_bounds__(project_warps *warp_size) project(const project_call c) {
   __shared__ float parts[project_warps][tile * tile];
   int lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size, group = lane / 4;
   const __nv_bfloat16 *v[4], *x[4];
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    int row = min(int(blockIdx.x) * tile + 8 * i + group, int(c.v.rows) - 1);
-    int token = min(int(blockIdx.y) * tile + 8 * i + group, c.tokens - 1);
+    int64_t row = min(blockIdx.x * int64_t(tile) + 8 * i + group, c.v.rows - 1);
+    int64_t token = min(blockIdx.y * tile + 8 * i + group, c.tokens - 1);
     v[i] = c.v.data + row * c.v.stride + lane % 4 * 8;
     x[i] = c.x + token * c.x_stride + lane % 4 * 8;
   }
-  unsigned steps = unsigned(c.cols + step_cols - 1) / step_cols, pieces = project_warps * gridDim.z;
-  unsigned piece = blockIdx.z * project_warps + warp;
-  int begin = int(steps * piece / pieces) * step_cols, end = int(steps * (piece + 1) / pieces) * step_cols;
+  int64_t steps = (c.cols + step_cols - 1) / step_cols, pieces = project_warps * project_splits;
+  int64_t piece = blockIdx.z * project_warps + warp;
+  int64_t begin = steps * piece / pieces * step_cols, end = steps * (piece + 1) / pieces * step_cols;
   wait_for_before();
   tile_sums sums = {};
-#pragma unroll 2
-  for (int col = begin; col < end; col += step_cols) {
+#pragma unroll 4
+  for (int64_t col = begin; col < end; col += step_cols) {
     uint4 rows[4], tokens[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) rows[i] = load16(v[i] + col), tokens[i] = load16(x[i] + col);
@@ -92,14 +61,15 @@ __global__ void __launch_bounds__(project_threads) project(const project_call c)
 #pragma unroll
   for (int i = 0; i < tile; i++) parts[warp][i * warp_size + lane] = sums[i / 16][i / 4 % 4][i % 4];
   __syncthreads();
-#pragma unroll 1
-  for (int i = threadIdx.x; i < tile * tile; i += project_threads) {
+  int64_t stride = projected_stride(c.v.rows);
+  for (int i = threadIdx.x; i < tile * tile; i += project_warps * warp_size) {
+    int m = i / 512, n = i / 128 % 4, k = i / 32 % 4;
+    int64_t row = blockIdx.x * int64_t(tile) + 16 * m + k / 2 * 8 + group;
+    int token = blockIdx.y * tile + 8 * n + lane % 4 * 2 + k % 2;
     float sum = 0;
-#pragma unroll
     for (int w = 0; w < project_warps; w++) sum += parts[w][i];
-    parts[0][i] = sum;
+    if (token < c.tokens) c.out[(blockIdx.z * int64_t(c.tokens) + token) * stride + row] = sum;
   }
-  store_sums(c, parts[0]);
 }
 
 // ---- extend ----
@@ -123,7 +93,9 @@ __device__ token_vectors vectors_of(const extend_call &c, const extend_member &m
 __device__ float4 load_four(const float *at) { return *reinterpret_cast<const float4 *>(at); }
 
 // Values r to r + 3 of scale * d * (V x), as bfloat16; beyond the rank there are zeros.
-__device__ uint2 hidden_values(const float4 &sum, const float4 &d, float scale, int left) {
+__device__ uint2 hidden_values(const float4 (&parts)[project_splits], const float4 &d, float scale, int left) {
+  float4 sum = {0, 0, 0, 0};
+  for (const float4 &part : parts) sum = {sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w};
   float h[4] = {scale * d.x * sum.x, scale * d.y * sum.y, scale * d.z * sum.z, scale * d.w * sum.w};
   for (int i = 0; i < 4; i++) h[i] = i < left ? h[i] : 0.f;
   __nv_bfloat162 low = __floats2bfloat162_rn(h[0], h[1]), high = __floats2bfloat162_rn(h[2], h[3]);
@@ -136,15 +108,15 @@ __device__ void stage_hidden(__nv_bfloat16 *hidden, const extend_call &c, const 
                              const token_vectors *vectors, int first_token, int stride) {
   constexpr int together = 4;
   int rank = int(m.u.cols), filled = int(projected_stride(rank)), warp = threadIdx.x / warp_size;
-#pragma unroll 1
   for (int r = threadIdx.x % warp_size * 4; r < filled; r += warp_size * 4)
-#pragma unroll 1
     for (int first = warp * together; first < tile; first += extend_warps * together) {
-      float4 sums[together], d[together];
+      float4 parts[together][project_splits], d[together];
 #pragma unroll
       for (int i = 0; i < together; i++) {
         int token = min(first_token + first + i, c.tokens - 1);
-        sums[i] = load_four(m.projected + token * int64_t(filled) + r);
+#pragma unroll
+        for (int k = 0; k < project_splits; k++)
+          parts[i][k] = load_four(m.projected + (int64_t(k) * c.tokens + token) * filled + r);
         const float *of = vectors[first + i].d;
         d[i] = of && r < rank ? load_four(of + r) : make_float4(1, 1, 1, 1);
       }
@@ -152,67 +124,76 @@ __device__ void stage_hidden(__nv_bfloat16 *hidden, const extend_call &c, const 
       for (int i = 0; i < together; i++) {
         const token_vectors &of = vectors[first + i];
         *reinterpret_cast<uint2 *>(hidden + (first + i) * stride + r) =
-            hidden_values(sums[i], d[i], of.scale, of.ours ? rank - r : 0);
+            hidden_values(parts[i], d[i], of.scale, of.ours ? rank - r : 0);
       }
     }
 }
 
-// y += e * sums, a lane a row: through shared memory, [tile, tile + 1] for the warp.
-__device__ void add_outputs(const tile_sums &sums, float *tile_of_warp, const extend_call &c, const extend_member &m,
-                            const token_vectors *vectors, int first_token, int first_row) {
-  constexpr int together = 8, stride = tile + 1;
-  int lane = threadIdx.x % warp_size;
-  __syncwarp();
+// Four neighbouring rows of y for each of a lane's tokens.
+struct lane_outputs {
+  static constexpr int tokens = 8;
+  float4 y[tokens], e[tokens];
+};
+
+__device__ int token_of_lane(int i) { return i / 2 * 8 + threadIdx.x % 4 * 2 + i % 2; }
+
+__device__ void load_outputs(lane_outputs &out, const extend_call &c, const extend_member &m,
+                             const token_vectors *vectors, int first_token, int64_t row) {
 #pragma unroll
-  for (int i = 0; i < tile; i++)
-    tile_of_warp[(token_of_sum(i) + lane % 4 * 2) * stride + row_of_sum(i) + lane / 4] = sums[i / 16][i / 4 % 4][i % 4];
-  __syncwarp();
-  int row = first_row + lane;
-  if (row >= m.rows) return;
-  float *y = c.y + first_token * c.y_stride + m.row + row;
-#pragma unroll 1
-  for (int first = 0; first < tile; first += together) {
-    float old[together], e[together];
+  for (int i = 0; i < lane_outputs::tokens; i++) {
+    const token_vectors &of = vectors[token_of_lane(i)];
+    out.e[i] = of.e ? load_four(of.e + row) : make_float4(1, 1, 1, 1);
+    if (of.ours) out.y[i] = load_four(c.y + (first_token + token_of_lane(i)) * c.y_stride + m.row + row);
+  }
+}
+
+__device__ void add_four(float *y, const float *e, const float sum[4], int64_t left) {
+  for (int i = 0; i < 4 && i < left; i++) y[i] += (e ? e[i] : 1.f) * sum[i];
+}
+
+// y += e * sums, for a lane's four rows from `row` on.
+__device__ void add_outputs(const tile_sums &sums, const extend_call &c, const extend_member &m,
+                            const token_vectors *vectors, int first_token, int64_t row) {
+  bool vector = row + 4 <= m.rows && (c.y_stride | m.row) % 4 == 0;
+  lane_outputs old;
+  if (vector) load_outputs(old, c, m, vectors, first_token, row);
 #pragma unroll
-    for (int i = 0; i < together; i++) {
-      const token_vectors &of = vectors[first + i];
-      old[i] = of.ours ? y[(first + i) * c.y_stride] : 0.f;
-      e[i] = of.e ? of.e[row] : 1.f;
-    }
-#pragma unroll
-    for (int i = 0; i < together; i++)
-      if (vectors[first + i].ours)
-        y[(first + i) * c.y_stride] = old[i] + e[i] * tile_of_warp[(first + i) * stride + lane];
+  for (int i = 0; i < lane_outputs::tokens; i++) {
+    int n = i / 2, k = i % 2;
+    const token_vectors &of = vectors[token_of_lane(i)];
+    const float sum[4] = {sums[0][n][k], sums[0][n][2 + k], sums[1][n][k], sums[1][n][2 + k]};
+    float *y = c.y + (first_token + token_of_lane(i)) * c.y_stride + m.row + row;
+    if (!of.ours) continue;
+    if (vector)
+      *reinterpret_cast<float4 *>(y) =
+          make_float4(old.y[i].x + old.e[i].x * sum[0], old.y[i].y + old.e[i].y * sum[1],
+                      old.y[i].z + old.e[i].z * sum[2], old.y[i].w + old.e[i].w * sum[3]);
+    else
+      add_four(y, of.e ? of.e + row : nullptr, sum, m.rows - row);
   }
 }
 
 __device__ void extend_rows_of_warp(const extend_call &c, const extend_member &m, const token_vectors *vectors,
-                                    const __nv_bfloat16 *hidden, float *tile_of_warp, int first_token, int stride,
-                                    int first_row) {
+                                    const __nv_bfloat16 *hidden, int first_token, int stride, int64_t first_row) {
   int lane = threadIdx.x % warp_size, group = lane / 4;
   const __nv_bfloat16 *u[4], *h = hidden + group * stride + lane % 4 * 8;
 #pragma unroll
-  for (int i = 0; i < 4; i++)
-    u[i] = m.u.data + min(first_row + 8 * i + group, int(m.u.rows) - 1) * m.u.stride + lane % 4 * 8;
+  for (int i = 0; i < 4; i++)  // a lane's four rows are neighbours
+    u[i] = m.u.data + min(first_row + 4 * group + i, m.u.rows - 1) * m.u.stride + lane % 4 * 8;
   tile_sums sums = {};
-  uint4 rows[4], next[4], tokens[4];
+#pragma unroll 4
+  for (int64_t col = 0; col < m.u.cols; col += step_cols) {
+    uint4 rows[4], tokens[4];
 #pragma unroll
-  for (int i = 0; i < 4; i++) rows[i] = load16(u[i]);
-#pragma unroll 1
-  for (int col = 0; col < int(m.u.cols); col += step_cols) {
-    int ahead = min(col + step_cols, int(m.u.stride) - step_cols);
-#pragma unroll
-    for (int i = 0; i < 4; i++) next[i] = load16(u[i] + ahead), tokens[i] = load16(h + 8 * i * stride + col);
+    for (int i = 0; i < 4; i++) rows[i] = load16(u[i] + col), tokens[i] = load16(h + 8 * i * stride + col);
     multiply(sums, rows, tokens);
-#pragma unroll
-    for (int i = 0; i < 4; i++) rows[i] = next[i];
   }
-  add_outputs(sums, tile_of_warp, c, m, vectors, first_token, first_row);
+  add_outputs(sums, c, m, vectors, first_token, first_row + 4 * group);
 }
 
-__host__ __device__ int blocks_of_member(const extend_member &m, int tiles_a_block) {
-  int run = extend_rows * tiles_a_block;
-  return (int(m.rows) + run - 1) / run;
+__host__ __device__ int64_t blocks_of_member(const extend_member &m, int tiles_a_block) {
+  int64_t run = extend_rows * int64_t(tiles_a_block);
+  return (m.rows + run - 1) / run;
 }
 
 // A run of rows of one member, and a tile of tokens, whose hidden values are prepared once for the run.
@@ -220,9 +201,8 @@ __global__ void __launch_bounds__(extend_warps *warp_size, extend_blocks)
     extend(const __grid_constant__ extend_call c, int tiles_a_block) {
   extern __shared__ __align__(16) uint8_t shared[];
   __shared__ token_vectors vectors[tile];
-  __shared__ float tiles[extend_warps][tile * (tile + 1)];
   __nv_bfloat16 *hidden = reinterpret_cast<__nv_bfloat16 *>(shared);
-  int block = blockIdx.x, run = extend_rows * tiles_a_block;
+  int64_t block = blockIdx.x, run = extend_rows * int64_t(tiles_a_block);
   int i = 0, first_token = blockIdx.y * tile;
   for (; block >= blocks_of_member(c.members[i], tiles_a_block); i++)
     block -= blocks_of_member(c.members[i], tiles_a_block);
@@ -233,11 +213,9 @@ __global__ void __launch_bounds__(extend_warps *warp_size, extend_blocks)
   wait_for_before();
   stage_hidden(hidden, c, m, vectors, first_token, stride);
   __syncthreads();
-  int end = min((block + 1) * run, int(m.rows));
-  int warp = threadIdx.x / warp_size;
-#pragma unroll 1
-  for (int row = block * run + warp * tile; row < end; row += extend_rows)
-    extend_rows_of_warp(c, m, vectors, hidden, tiles[warp], first_token, stride, row);
+  int64_t end = min((block + 1) * run, m.rows);
+  for (int64_t row = block * run + threadIdx.x / warp_size * tile; row < end; row += extend_rows)
+    extend_rows_of_warp(c, m, vectors, hidden, first_token, stride, row);
 }
 
 // ---- densify ----
@@ -269,9 +247,8 @@ void launch_densify(const queue &q, const factor &f, const dense_factor &to) {
 }
 
 void launch_project(const queue &q, const project_call &call) {
-  unsigned splits = q.overlap ? project_splits : 1;  // of the columns
-  dim3 grid(blocks_of(call.v.rows, tile), blocks_of(call.tokens, tile), splits);
-  launch_in_clusters(q, splits, project, grid, project_threads, 0, call);
+  dim3 grid(blocks_of(call.v.rows, tile), blocks_of(call.tokens, tile), project_splits);
+  launch(q, project, grid, project_warps * warp_size, 0, call);
 }
 
 // So many tiles of rows a block that all blocks run at once.

@@ -19,13 +19,14 @@ dense_factor describe_dense(const factor &panels);
 void launch_densify(const queue &q, const factor &panels, const dense_factor &to);
 
 constexpr int64_t widest_shared = 512;  // ranks: those of a tile of tokens are held in shared memory
+constexpr int project_splits = 4;       // parts of the columns that are summed by themselves
 
 struct project_call {
   dense_factor v;
   const __nv_bfloat16 *x;  // [tokens, x_stride], zero beyond `cols`
   int64_t x_stride, cols;
   int tokens;
-  float *out;  // [tokens, projected_stride(rank)]
+  float *out;  // [project_splits, tokens, projected_stride(rank)]
 };
 __host__ __device__ inline int64_t projected_stride(int64_t rank) { return (rank + 31) / 32 * 32; }
 void launch_project(const queue &q, const project_call &call);

@@ -75,29 +75,21 @@ graph_key key_of_step(const adrt_executable &e) {
   return key;
 }
 
-void enqueue(adrt_executable &e, size_t first_stage, size_t end) {
+void enqueue(adrt_executable &e) {
   const plan &p = e.plan;
-  if (!first_stage && p.wants_lone_records())
+  if (p.wants_lone_records())
     launch_resolve(e.queue(), p.tokens.device_tiles, p.n_tokens, int(e.points.size()), e.lone_records.as<lone_record>());
   for (const rope_table &t : e.rope_tables)
-    if (!first_stage)
-      launch_fill_rope(e.queue(), p.device_positions, p.n_tokens, t.inverse, int(t.values.size()), t.factor, t.cos_sin);
-  for (size_t i = first_stage; i < end; i++) e.stages[i]->launch(e);
+    launch_fill_rope(e.queue(), p.device_positions, p.n_tokens, t.inverse, int(t.values.size()), t.factor, t.cos_sin);
+  for (const std::unique_ptr<stage> &s : e.stages) s->launch(e);
 }
 
-// Submitting a graph takes a while for each of its nodes: the GPU works on a short first part meanwhile.
 void run_stages(adrt_executable &e) {
   pager::step paging(e.weights);
-  size_t cut = e.stages.size() / 8, end = e.stages.size();
-  if (e.plan.n_tokens > most_tokens_of_graph || e.weights.streams()) {  // which takes far longer than launches, too
-    enqueue(e, 0, end);
-    return;
-  }
-  graph_key key = key_of_step(e);
-  uint64_t generation = e.generation + e.weights.moves();
-  e.graphs.run(key, generation, e.queues.main, [&] { enqueue(e, 0, cut); });
-  key.push_back(1);
-  e.graphs.run(key, generation, e.queues.main, [&] { enqueue(e, cut, end); });
+  if (e.plan.n_tokens > most_tokens_of_graph || e.weights.streams())  // which takes far longer than launches, too
+    enqueue(e);
+  else
+    e.graphs.run(key_of_step(e), e.generation + e.weights.moves(), e.queues.main, [&] { enqueue(e); });
 }
 
 void fetch_logits(adrt_executable &e, float *logits) {
