@@ -66,9 +66,6 @@ adapter_call adapted_members::describe(const adrt_executable &e) const {
   return call;
 }
 
-// The head's tokens are others.
-bool adapted_members::has_lone_records(const adrt_executable &e) const { return !head_ && e.plan.wants_lone_records(); }
-
 // Whether adapters are as lone.cuh says; then of which kind, and how wide.
 bool adapted_members::are_lone(const adrt_executable &e, const adapter_call &call, lone_call &lone) const {
   const segment_plan &s = segments(e);
@@ -83,7 +80,7 @@ bool adapted_members::are_lone(const adrt_executable &e, const adapter_call &cal
     dtype = std::max(dtype, a.dtype);
     width = std::max(width, a.width);
   }
-  lone = {call, panel_kind(dtype), int(shrink_chunks(width)), e.lone_records.as<lone_record>()};
+  lone = {call, panel_kind(dtype), int(shrink_chunks(width)), records(e)};
   return true;
 }
 
@@ -101,7 +98,7 @@ bool adapted_members::can_ride(const adrt_executable &e, const adapter_call &cal
 extend_call adapted_members::project(adrt_executable &e, const adapter_call &call) const {
   int n = tokens(e);
   extend_call later = {call.applications, segments(e).device_heads, n};
-  later.y = call.y, later.y_stride = call.y_stride;
+  later.y = call.y, later.y_stride = call.y_stride, later.records = records(e);
   float *to = e.projected.as<float>();
   for (size_t i = 0; i < members_.size(); i++) {
     if (!has_common(e, members_[i])) continue;
@@ -126,7 +123,7 @@ extend_call adapted_members::before(adrt_executable &e, const adapter_call &call
   adapter_call shrink = call;
   shrink.tiles = s.device_shrink_tiles, shrink.n_tiles = int32_t(s.shrink_tiles.size());
   lone_call lone;
-  if (has_lone_records(e) && are_lone(e, call, lone))
+  if (records(e) && are_lone(e, call, lone))
     launch_shrink_lone(e.queue(), lone, e.multiprocessors);
   else
     launch_shrink(e.queue(), shrink, chunks(e), e.multiprocessors);
@@ -136,7 +133,7 @@ extend_call adapted_members::before(adrt_executable &e, const adapter_call &call
 void adapted_members::after(adrt_executable &e, const adapter_call &call, const extend_call &left) const {
   if (left.n_members) launch_extend(e.queue(), left, e.multiprocessors);
   lone_call lone;
-  if (has_lone_records(e) && are_lone(e, call, lone) && in_fours(call))
+  if (records(e) && are_lone(e, call, lone) && in_fours(call))
     launch_expand_lone(e.queue(), lone, e.multiprocessors);
   else if (std::any_of(members_.begin(), members_.end(),
                        [&](const product_member &m) { return m.bias || has_other(e, m); }))

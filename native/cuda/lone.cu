@@ -10,38 +10,8 @@ namespace {
 
 __device__ int lane_index() { return threadIdx.x % warp_size; }
 
-// All of it on its way at once: taken field by field, each would be waited for.
-__device__ lone_record record_of(const lone_call &lone, const member &m, int tile) {
-  constexpr int n = sizeof(lone_record) / sizeof(uint4);
-  const uint4 *from = reinterpret_cast<const uint4 *>(lone.records + m.target * lone.call.n_tiles + tile);
-  uint4 words[n];
-#pragma unroll
-  for (int i = 0; i < n; i++)
-    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(words[i].x), "=r"(words[i].y), "=r"(words[i].z), "=r"(words[i].w)
-                 : "l"(from + i));
-  lone_record out;
-  memcpy(&out, words, sizeof(out));
-  return out;
-}
-
-constexpr int resolve_threads = 128;
-
-// The first term of each token's adapter.
-__global__ void __launch_bounds__(resolve_threads) resolve(const token_tile *tiles, int n_tiles, lone_record *records) {
-  wait_for_before();
-  int i = blockIdx.x * resolve_threads + threadIdx.x, target = blockIdx.y;
-  if (i >= n_tiles) return;
-  const application &a = tiles[i].head;
-  lone_record r = {};
-  r.row = a.rows_before;
-  if (tiles[i].n && a.attachments[target].acts) {
-    const attachment &what = a.attachments[target];
-    const term &t = what.first;
-    r.g_out = what.g_out;
-    if (what.n_terms) r = {t.v.data, t.u.data, t.v.scales, t.u.scales, t.d, t.e, r.g_out, t.scale, int(t.width), r.row};
-  }
-  records[target * n_tiles + i] = r;
+__device__ term_record record_of(const lone_call &lone, const member &m, int token) {
+  return read_record(lone.records + m.target * lone.call.n_tiles + token);
 }
 
 // ---- V x: 16 ranks of a token, by a block of threads ----
@@ -58,7 +28,7 @@ struct shrink_piece {
   float scales[2];
   uint4 x[2];
 
-  __device__ void load_factor(const lone_record &t, int piece) {
+  __device__ void load_factor(const term_record &t, int piece) {
     codes.load(t.v, piece);
 #pragma unroll
     for (int h = 0; h < 2; h++)
@@ -85,7 +55,7 @@ __global__ void __launch_bounds__(most_warps<kind> *warp_size) shrink_lone(const
   __shared__ float parts[most_warps<kind>][panel_ranks];
   const adapter_call &c = lone.call;
   const member &m = c.members[blockIdx.x / lone.rank_pieces];
-  const lone_record t = record_of(lone, m, blockIdx.y);
+  const term_record t = record_of(lone, m, blockIdx.y);
   int rank_piece = blockIdx.x % lone.rank_pieces, first_rank = rank_piece * panel_ranks;
   if (first_rank >= t.width) {
     wait_for_before();
@@ -128,7 +98,7 @@ struct expand_piece {
   piece_codes<kind> codes;
   float2 scales[2], y;
 
-  __device__ void load_factor(const lone_record &t, int piece) {
+  __device__ void load_factor(const term_record &t, int piece) {
     codes.load(t.u, piece);
     lane_ranks::load_scales<kind>(t.u_scales + piece * panel_ranks, scales);
   }
@@ -163,7 +133,7 @@ template <weight_kind kind>
 __device__ void expand_run(const lone_call &lone, const member &m, int token, int first, int end,
                            const decoder<kind> &decode) {
   const adapter_call &c = lone.call;
-  const lone_record t = record_of(lone, m, token);
+  const term_record t = record_of(lone, m, token);
   if (!t.width && !t.g_out) return;
   int ranks = max(1, (t.width + panel_ranks - 1) / panel_ranks);
   int lane_row = lane_outputs<true>::row(0), rows = int(m.rows) - lane_row;
@@ -272,11 +242,6 @@ bool in_fours(const adapter_call &call) {
   int64_t all = call.y_stride;
   for (int i = 0; i < call.n_members; i++) all |= call.members[i].row | call.members[i].rows;
   return all % 4 == 0 && reinterpret_cast<uintptr_t>(call.y) % 16 == 0;
-}
-
-void launch_resolve(const queue &q, const token_tile *tiles, int n_tiles, int n_targets, lone_record *records) {
-  launch(q, resolve, dim3(blocks_of(n_tiles, resolve_threads), unsigned(n_targets)), resolve_threads, 0, tiles, n_tiles,
-         records);
 }
 
 void launch_shrink_lone(const queue &q, const lone_call &lone, int multiprocessors) {

@@ -30,8 +30,6 @@ struct query_plan {
   const query_block *device_blocks = nullptr;
 };
 
-constexpr int32_t least_lone_tokens = 17;  // for fewer another launch is not worth it
-
 struct plan {
   int32_t n_tokens = 0, n_logits = 0;
   bool gathers = false;  // the logit rows are not simply all tokens
@@ -46,11 +44,6 @@ struct plan {
   pinned_memory host;
   device_memory device;
   size_t bytes = 0;  // of both that the step uses
-
-  // Whether lone.cuh may serve this step.
-  bool wants_lone_records() const {
-    return adapted && tokens.single && !tokens.stacked && n_tokens >= least_lone_tokens;
-  }
 };
 
 // Plans a step whose batch has been validated. Grows `p`'s memory when it must, and then returns true.
