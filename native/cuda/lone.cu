@@ -14,12 +14,12 @@ __device__ term_record record_of(const lone_call &lone, const member &m, int tok
   return read_record(lone.records + m.target * lone.call.n_tiles + token);
 }
 
-// ---- V x: 16 ranks of a token, by a block of threads ----
-
-// Of a block of threads that has a multiprocessor for itself, here and below.
-constexpr int least_warps = 4;
+// Warps of a block of threads that has a multiprocessor for itself.
 template <weight_kind kind>
 constexpr int most_warps = kind == weight_kind::bf16 ? 24 : kind == weight_kind::int8 ? 28 : 32;
+constexpr int least_warps = 4;
+
+// ---- V x: 16 ranks of a token, by a block of threads ----
 
 // What a warp needs for 64 inputs.
 template <weight_kind kind>
@@ -54,16 +54,16 @@ template <weight_kind kind>
 __global__ void __launch_bounds__(most_warps<kind> *warp_size) shrink_lone(const __grid_constant__ lone_call lone) {
   __shared__ float parts[most_warps<kind>][panel_ranks];
   const adapter_call &c = lone.call;
-  const member &m = c.members[blockIdx.x / lone.rank_pieces];
-  const term_record t = record_of(lone, m, blockIdx.y);
-  int rank_piece = blockIdx.x % lone.rank_pieces, first_rank = rank_piece * panel_ranks;
+  const member &m = c.members[blockIdx.y / lone.rank_pieces];
+  const term_record t = record_of(lone, m, blockIdx.x);
+  int rank_piece = blockIdx.y % lone.rank_pieces, first_rank = rank_piece * panel_ranks;
   if (first_rank >= t.width) {
     wait_for_before();
     return;
   }
   int warp = threadIdx.x / warp_size, warps = blockDim.x / warp_size, blocks = int((c.cols + BLOCK - 1) / BLOCK);
   int first_piece = rank_piece * blocks;
-  const __nv_bfloat16 *x = c.x + blockIdx.y * c.x_stride;
+  const __nv_bfloat16 *x = c.x + blockIdx.x * c.x_stride;
   shrink_piece<kind> now, next;
   float sums[2] = {};
   now.load_factor(t, first_piece + min(warp, blocks - 1));
@@ -208,7 +208,7 @@ run_division divide(const adapter_call &call, int run) {
 
 template <weight_kind kind>
 void launch_shrink_kind(const queue &q, const lone_call &lone, int multiprocessors) {
-  dim3 grid(unsigned(lone.call.n_members * lone.rank_pieces), unsigned(lone.call.n_tiles));
+  dim3 grid(unsigned(lone.call.n_tiles), unsigned(lone.call.n_members * lone.rank_pieces));
   int64_t blocks = int64_t(grid.x) * grid.y, together = (blocks + multiprocessors - 1) / multiprocessors;
   int warps = std::max<int>(least_warps, most_warps<kind> / int(std::min<int64_t>(together, most_warps<kind>)));
   launch(q, shrink_lone<kind>, grid, unsigned(warps * warp_size), 0, lone);
