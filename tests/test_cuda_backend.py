@@ -296,7 +296,7 @@ def test_term(name: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cols", [64, 1088])
 def test_adapters_beside_the_product(cols: int, dtype: str) -> None:
-    """Few tokens with an adapter or none, on two layers with one input: steps that repeat and change."""
+    """Tokens with an adapter or none, few and more, on two layers with one input: steps that repeat and change."""
     tensors: dict[str, Any] = {}
     weight("w", 128, cols, "nf4", tensors)
     weight("v", 128, cols, "nf4", tensors, seed=2)
@@ -308,10 +308,11 @@ def test_adapters_beside_the_product(cols: int, dtype: str) -> None:
         {"v": Lowered((plain(33, 128, cols, 7, dtype, dtype),), g_out=random(8, 128))},
         {"w": Lowered((plain(1, 128, cols, 9, dtype, dtype),)), "v": Lowered(g_out=random(10, 128))},
     ]
-    batches = [(0,), (1, 0), (None, 2, 0, 1, 2, None, 1, 0), (2,)]
+    many = (0, None, 1, 2, 2, 0, None) * 4
+    batches = [(0,), (1, 0), (None, 2, 0, 1, 2, None, 1, 0), (2,), many]
     ours, theirs = load(model), reference(model)
     for executable in (ours, theirs):
-        executable.reserve(8)
+        executable.reserve(len(many))
         assert [executable.attach(one) for one in adapters] == [0, 1, 2]
     for chosen in batches * 3:
         runs = [Run([3 + i], 0, [i], () if a is None else (a,)) for i, a in enumerate(chosen)]
@@ -352,6 +353,9 @@ def test_many_adapters_in_one_batch() -> None:
     compare_stacks(alike, adapters, runs, TOLERANCE)
     gained = [{"w": replace(one["w"], g_out=random(i, OUT))} for i, one in enumerate(adapters[:20])]
     compare_stacks(alike, gained, runs[:20], TOLERANCE)
+    for out in (OUT, 102):  # a row of outputs is a multiple of 16 bytes, or not
+        one_kind = [{"w": Lowered((plain(1 + i, out, IN, i),))} for i in range(20)]
+        compare_stacks(linear_model(out, IN, "nf4"), one_kind, runs[:20], TOLERANCE)
     runs = [Run([i % VOCABULARY] * (1 + i % 3), stack=(0,) * (i % 3)) for i in range(50)]
     compare_stacks(adapted_model(), adapters, runs, TOLERANCE)
 

@@ -66,21 +66,31 @@ adapter_call adapted_members::describe(const adrt_executable &e) const {
   return call;
 }
 
-bool adapted_members::can_ride(const adrt_executable &e, const adapter_call &call, const packed_matrix &product,
-                               ride_call &ride) const {
+// Whether adapters are as lone.cuh says; then of which kind, and how wide.
+bool adapted_members::are_lone(const adrt_executable &e, const adapter_call &call, lone_call &lone) const {
   const segment_plan &s = segments(e);
-  if (!chunks(e) || !s.single || s.stacked || !next_sees_input(e.products.context, product, tokens(e))) return false;
+  if (!chunks(e) || !s.single || s.stacked) return false;
   int32_t dtype = -1;
   int64_t width = 0;
   for (const product_member &m : members_) {
     if (m.bias) return false;
     if (!acts(e, m.target)) continue;
     const host_attachment &a = acting(e, m);
-    if (!a.lone || a.maps_input || has_common(e, m) || (dtype >= 0 && a.dtype >= 0 && a.dtype != dtype)) return false;
+    if (!a.lone || has_common(e, m) || (dtype >= 0 && a.dtype >= 0 && a.dtype != dtype)) return false;
     dtype = std::max(dtype, a.dtype);
     width = std::max(width, a.width);
   }
-  ride = {call, panel_kind(dtype), int(shrink_chunks(width))};
+  lone = {call, panel_kind(dtype), int(shrink_chunks(width)), records(e)};
+  return true;
+}
+
+bool adapted_members::can_ride(const adrt_executable &e, const adapter_call &call, const packed_matrix &product,
+                               ride_call &ride) const {
+  lone_call lone;
+  if (!next_sees_input(e.products.context, product, tokens(e)) || !are_lone(e, call, lone)) return false;
+  for (const product_member &m : members_)
+    if (maps_input(e, m)) return false;
+  ride = {call, lone.kind, lone.rank_pieces};
   return plan_ride(ride, e.riding.bytes(), e.multiprocessors);
 }
 
@@ -88,7 +98,7 @@ bool adapted_members::can_ride(const adrt_executable &e, const adapter_call &cal
 extend_call adapted_members::project(adrt_executable &e, const adapter_call &call) const {
   int n = tokens(e);
   extend_call later = {call.applications, segments(e).device_heads, n};
-  later.y = call.y, later.y_stride = call.y_stride;
+  later.y = call.y, later.y_stride = call.y_stride, later.records = records(e);
   float *to = e.projected.as<float>();
   for (size_t i = 0; i < members_.size(); i++) {
     if (!has_common(e, members_[i])) continue;
@@ -112,13 +122,21 @@ extend_call adapted_members::before(adrt_executable &e, const adapter_call &call
   const segment_plan &s = segments(e);
   adapter_call shrink = call;
   shrink.tiles = s.device_shrink_tiles, shrink.n_tiles = int32_t(s.shrink_tiles.size());
-  launch_shrink(e.queue(), shrink, chunks(e), e.multiprocessors);
+  lone_call lone;
+  if (records(e) && are_lone(e, call, lone))
+    launch_shrink_lone(e.queue(), lone, e.multiprocessors);
+  else
+    launch_shrink(e.queue(), shrink, chunks(e), e.multiprocessors);
   return left;
 }
 
 void adapted_members::after(adrt_executable &e, const adapter_call &call, const extend_call &left) const {
   if (left.n_members) launch_extend(e.queue(), left, e.multiprocessors);
-  if (std::any_of(members_.begin(), members_.end(), [&](const product_member &m) { return m.bias || has_other(e, m); }))
+  lone_call lone;
+  if (records(e) && are_lone(e, call, lone) && in_fours(call))
+    launch_expand_lone(e.queue(), lone, e.multiprocessors);
+  else if (std::any_of(members_.begin(), members_.end(),
+                       [&](const product_member &m) { return m.bias || has_other(e, m); }))
     launch_expand(e.queue(), call, segments(e).single, e.multiprocessors);
 }
 

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "executable.cuh"
+#include "lone.cuh"
 #include "ride.cuh"
 
 namespace adaptrt {
@@ -41,6 +42,8 @@ class adapted_members {
   bool has_common(const adrt_executable &e, const product_member &m) const;
   bool has_other(const adrt_executable &e, const product_member &m) const;
   int64_t chunks(const adrt_executable &e) const;
+  const term_record *records(const adrt_executable &e) const { return head_ ? nullptr : e.records; }
+  bool are_lone(const adrt_executable &e, const adapter_call &call, lone_call &lone) const;
   extend_call project(adrt_executable &e, const adapter_call &call) const;
 
   std::vector<product_member> members_;

@@ -17,6 +17,7 @@
 #include "pager.cuh"
 #include "plan.cuh"
 #include "product.cuh"
+#include "record.cuh"
 #include "shared.cuh"
 #include "shelf.cuh"
 #include "upload.cuh"
@@ -82,6 +83,9 @@ struct host_attachment {
   bool lone = false;
   int32_t dtype = 0;
 };
+
+// Records are made for so many tokens: for fewer another launch is not worth it.
+constexpr int32_t least_recorded_tokens = 17;
 
 struct adapter {
   size_t bytes() const { return table.size() + vectors.size() + factor_bytes; }
@@ -179,7 +183,8 @@ struct adrt_executable {
   __nv_bfloat16 *gathered = nullptr;  // [tokens, width of the head's input]
   int32_t logit_room = 0;
   adaptrt::device_memory logits;      // [logit_room, logit_rows] float
-  adaptrt::device_memory mapped_memory, workspace, partial, arrived, hidden, projected, riding;
+  adaptrt::device_memory mapped_memory, workspace, partial, arrived, hidden, projected, riding, record_memory;
+  adaptrt::term_record *records = nullptr;  // [points, tokens] of the step, or none
   adaptrt::pinned_memory host_logits;
 
   adaptrt::plan plan;

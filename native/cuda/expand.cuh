@@ -44,21 +44,31 @@ struct lane_ranks {
 #pragma unroll
     for (int i = 0; i < 4; i++) v[i] = hidden.at(token, first_rank + rank(i));
   }
+  // The scales of a piece's ranks that the lane has; of bf16 there are none.
+  template <weight_kind kind>
+  static __device__ void load_scales(const float *scales, float2 by[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+      if constexpr (kind != weight_kind::bf16) by[i] = __ldg(reinterpret_cast<const float2 *>(scales + rank(2 * i)));
+  }
   // The two registers of the lane's half of the column, times the ranks' scales.
   template <weight_kind kind>
-  __device__ void column(const float *scales, uint32_t b[2]) const {
+  __device__ void column(const float2 by[2], uint32_t b[2]) const {
     bool lower = threadIdx.x / 4 % 2;
 #pragma unroll
     for (int i = 0; i < 4; i += 2) {
       float h[2] = {v[i], v[i + 1]};
-      if constexpr (kind != weight_kind::bf16) {
-        float2 by = __ldg(reinterpret_cast<const float2 *>(scales + rank(i)));
-        h[0] *= by.x, h[1] *= by.y;
-      }
+      if constexpr (kind != weight_kind::bf16) h[0] *= by[i / 2].x, h[1] *= by[i / 2].y;
       uint32_t upper = pair_of(h[0], h[1]);
       float rest[2] = {h[0] - __uint_as_float(upper << 16), h[1] - __uint_as_float(upper & 0xffff0000)};
       b[i / 2] = lower ? pair_of(rest[0], rest[1]) : upper;
     }
+  }
+  template <weight_kind kind>
+  __device__ void column(const float *scales, uint32_t b[2]) const {
+    float2 by[2];
+    load_scales<kind>(scales, by);
+    column<kind>(by, b);
   }
 };
 

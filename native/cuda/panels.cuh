@@ -55,8 +55,9 @@ struct piece_codes {
   static constexpr int vectors = tile_bytes(kind) / 512;
   uint4 vector[vectors];
 
-  __device__ void load(const factor &f, int64_t piece) {
-    const uint8_t *at = f.data + piece * tile_bytes(kind) + threadIdx.x % 32 * 16;
+  __device__ void load(const factor &f, int64_t piece) { load(f.data, piece); }
+  __device__ void load(const uint8_t *pieces, int64_t piece) {
+    const uint8_t *at = pieces + piece * tile_bytes(kind) + threadIdx.x % 32 * 16;
 #pragma unroll
     for (int i = 0; i < vectors; i++) {
       uint4 &v = vector[i];

@@ -99,6 +99,14 @@ void make_attention_room(adrt_executable &e) {
     check(cudaMemsetAsync(e.arrived.bytes(), 0, e.arrived.size(), e.queues.main), "attention");
 }
 
+void make_record_room(adrt_executable &e) {
+  const segment_plan &s = e.plan.tokens;
+  bool common = std::any_of(e.acting.begin(), e.acting.end(), [](const host_attachment &a) { return a.v != nullptr; });
+  if (e.plan.n_tokens < least_recorded_tokens || !(common || (s.single && !s.stacked))) return;
+  grow(e, e.record_memory, size_t(e.plan.n_tokens) * e.points.size() * sizeof(term_record), "adapters");
+  e.records = e.record_memory.as<term_record>();
+}
+
 void make_adapter_room(adrt_executable &e) {
   int64_t width = 0, projected = 0;
   bool maps = false;
@@ -118,6 +126,7 @@ void make_adapter_room(adrt_executable &e) {
   grow(e, e.projected, size_t(tokens_or_logits * projected) * sizeof(float), "adapters");
   if (grow(e, e.riding, ride_bytes(e.multiprocessors), "adapters"))
     check(cudaMemsetAsync(e.riding.bytes(), 0, e.riding.size(), e.queues.main), "adapters");
+  make_record_room(e);
   if (!maps) return;
   int64_t stride = cpu_align(e.widest_input, BLOCK), tokens = e.token_room;
   size_t narrow = size_t(cpu_align(tokens * stride * int64_t(sizeof(__nv_bfloat16)), 256));
@@ -154,6 +163,7 @@ void make_room(adrt_executable &e) {
   make_token_room(e, e.plan.n_tokens);
   make_logit_room(e);
   make_attention_room(e);
+  e.records = nullptr;
   if (e.plan.adapted) make_adapter_room(e);
 }
 

@@ -82,6 +82,11 @@ struct token_vectors {
 };
 
 __device__ token_vectors vectors_of(const extend_call &c, const extend_member &m, int token) {
+  if (c.records && token < c.tokens) {
+    const term_record t = read_record(c.records + m.target * c.tokens + token);
+    if (t.width && t.v == m.term.v && t.u == m.term.u) return {true, t.scale, t.d, t.e};
+    return {};
+  }
   int head = token < c.tokens ? c.heads[token] : -1;
   if (head < 0) return {};
   const attachment &what = c.applications[head].attachments[m.target];
@@ -173,6 +178,9 @@ __device__ void add_outputs(const tile_sums &sums, const extend_call &c, const e
   }
 }
 
+// Into L2, ahead of its use.
+__device__ void bring(const void *at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
 __device__ void extend_rows_of_warp(const extend_call &c, const extend_member &m, const token_vectors *vectors,
                                     const __nv_bfloat16 *hidden, int first_token, int stride, int64_t first_row) {
   int lane = threadIdx.x % warp_size, group = lane / 4;
@@ -180,6 +188,9 @@ __device__ void extend_rows_of_warp(const extend_call &c, const extend_member &m
 #pragma unroll
   for (int i = 0; i < 4; i++)  // a lane's four rows are neighbours
     u[i] = m.u.data + min(first_row + 4 * group + i, m.u.rows - 1) * m.u.stride + lane % 4 * 8;
+#pragma unroll
+  for (int i = 0; i < lane_outputs::tokens; i++)
+    if (const float *e = vectors[token_of_lane(i)].e) bring(e + min(first_row + 4 * group, m.rows - 1));
   tile_sums sums = {};
 #pragma unroll 4
   for (int64_t col = 0; col < m.u.cols; col += step_cols) {

@@ -5,7 +5,7 @@
 //   extend    y += scale * e * U (d * (V x)), with the d and e of each token's adapter
 #ifndef ADAPTRT_CUDA_SHARED_CUH
 #define ADAPTRT_CUDA_SHARED_CUH
-#include "adapters.cuh"
+#include "record.cuh"
 
 namespace adaptrt {
 
@@ -46,6 +46,7 @@ struct extend_call {
   extend_member members[most_members];
   float *y;  // [tokens, y_stride]
   int64_t y_stride;
+  const term_record *records;  // [targets, tokens], or NULL: found by `heads`
 };
 void launch_extend(const queue &q, const extend_call &call, int multiprocessors);
 

@@ -76,6 +76,9 @@ graph_key key_of_step(const adrt_executable &e) {
 
 void enqueue(adrt_executable &e) {
   const plan &p = e.plan;
+  if (e.records)
+    launch_resolve(e.queue(), p.tokens.device_applications, p.tokens.device_heads, p.n_tokens, int(e.points.size()),
+                   e.records);
   for (const rope_table &t : e.rope_tables)
     launch_fill_rope(e.queue(), p.device_positions, p.n_tokens, t.inverse, int(t.values.size()), t.factor, t.cos_sin);
   for (const std::unique_ptr<stage> &s : e.stages) s->launch(e);
