@@ -104,6 +104,17 @@ __device__ inline uint4 load_vector(uint32_t address) {
   return v;
 }
 
+// Four matrices of 8 rows of 16 bytes in shared memory, whose rows the lanes name in turn: lane 4g + t has the pair of bf16
+// number t of row g of each.
+__device__ inline uint4 load_matrices(uint32_t row_address) {
+  uint4 v;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(row_address)
+               : "memory");
+  return v;
+}
+
 __device__ inline __half2 load_half2(uint32_t address) {
   uint32_t bits;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(bits) : "r"(address));
@@ -130,6 +141,14 @@ __device__ inline void copy_async(uint32_t to, const void *from, uint64_t policy
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy)
                : "memory");
 }
+
+// Eight columns of a token to shared memory, zeros where there are none.
+__device__ inline void copy_columns(uint32_t to, const __nv_bfloat16 *row, int col, int cols) {
+  int bytes = max(min(cols - col, 8), 0) * 2;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(row + (bytes ? col : 0)), "r"(bytes)
+               : "memory");
+}
+
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int still_on_their_way>
 __device__ inline void wait_for_copies() {

@@ -73,6 +73,19 @@ __device__ inline void wait_for_cluster() {
   asm volatile("barrier.cluster.arrive.relaxed;\n\tbarrier.cluster.wait;" ::: "memory");
 }
 
+// The same in two steps, of all threads.
+__device__ inline void arrive_at_cluster() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
+__device__ inline void wait_at_cluster() { asm volatile("barrier.cluster.wait;" ::: "memory"); }
+
+// To the same place of another block of the cluster, or of this one, counted by the barrier there.
+__device__ inline void send_to_cluster(float *to, float v, uint64_t *barrier, int rank) {
+  asm volatile(
+      "{.reg .b32 there, counter; mapa.shared::cluster.u32 there, %0, %3; mapa.shared::cluster.u32 counter, %2, %3; "
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], %1, [counter];}" ::"r"(shared_address(to)),
+      "r"(__float_as_uint(v)), "r"(shared_address(barrier)), "r"(rank)
+      : "memory");
+}
+
 // At the same barrier of another block of the cluster, or of this one.
 __device__ inline void arrive_in_cluster(uint64_t *barrier, uint32_t rank) {
   asm volatile(

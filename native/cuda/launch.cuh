@@ -9,10 +9,12 @@ namespace adaptrt {
 
 struct cublas_library;
 
+constexpr int few_tokens = 16, most_parts = 4;  // product_few.cu: of tokens; of columns
+
 struct product_context {
   int device, multiprocessors, shared_bytes;  // shared memory that a block may have
   bool hopper;                                // wgmma, bulk copies, clusters, programmatic dependent launch
-  int pairs;                                  // clusters of two blocks that run at once, or 0
+  int clusters[most_parts + 1];               // how many clusters of 1, 2 and 4 blocks run at once, or 0
   nf4_values codebook;
   cublas_library *cublas;                               // or none
   decltype(&cuTensorMapEncodeTiled) encode_tensor_map;  // of the driver; on Hopper
@@ -33,7 +35,6 @@ struct product_call {
 cudaError_t describe_tokens(const product_call &call, int n, CUtensorMap *map);
 
 // product_few.cu: up to few_tokens tokens; how many at once depends on their length.
-constexpr int few_tokens = 16, most_parts = 2;
 int few_tokens_at_once(const product_context &context, const packed_matrix &w);
 cudaError_t launch_few(const product_call &call);
 cudaError_t prepare_few(product_context &context);

@@ -1,33 +1,22 @@
 // Products for up to 16 tokens: bound by the bytes of the weights, so everything serves the stream of loads.
 //
-// A block of threads keeps all tokens in shared memory and takes a run of tiles of 16 rows. A tile's blocks of 64
-// columns lie one after another in memory, in chunks of 2 KB, and the chunks of all its tiles are dealt out to the
-// warps evenly, a run to each: a warp loads its run into registers, a chunk or two ahead, decodes a block at a time and
-// multiplies it on tensor cores (16 rows by 8 tokens, once or twice). Warps do not wait for each other until the end,
-// when the sums of tiles that several warps share are added in the order of the columns. Where the tokens are too long
-// for one block's shared memory, a cluster of two or four blocks shares the columns of its tiles.
-#include "launch.cuh"
+// A block of threads takes a run of tiles of 16 rows, and each of its warps a span of columns of all of them. So a warp
+// has its columns of the tokens in registers, for good; it multiplies a chunk of weights, its columns of a tile, on tensor
+// cores (16 rows by 8 tokens, once or twice) and goes to the next tile, whose chunk is on its way meanwhile: the first one
+// comes before the kernel before has ended. A warp leaves its sums in shared memory; when there is no more room for those,
+// and at the end, the block adds up what belongs together, in the order of the columns.
+//
+// Where there are more columns than the warps can hold, they go over the tiles in several passes, each with other columns;
+// where there are few, the warps form teams, each with other tiles. Long tokens are shared out, by columns, to a cluster of
+// two or four blocks, which has more tiles instead; its blocks send each other their sums.
+//
+// After the kernel before only tokens are waited for, by each warp for its own. Lookups limit what follows, and short
+// kernels the fetching of their instructions: more loads on their way make neither faster.
+#include "few.cuh"
+#include "hopper.cuh"
 
 namespace adaptrt {
 namespace {
-
-constexpr int warps_enough = 8;
-constexpr int chunk_bytes = 2048, chunk_vectors = chunk_bytes / 512;  // codes; 16-byte loads of a lane
-
-// By the number of products with 8 tokens. Decoding waits for shared memory, and many warps hide that better than many
-// loads of few: of 8, 12, 16, 24 and 32 warps 24 were fastest for one product, 16 for two (H200, in the chain of a step).
-template <int products>
-struct few_shape {
-  static constexpr int warps = products == 1 ? 24 : 16, chunks_ahead = products == 1 ? 1 : 2;
-};
-
-template <weight_kind kind>
-constexpr int chunk_blocks = chunk_bytes / tile_bytes(kind);
-
-// Offsets into shared memory. The pair table, for nf4, comes first.
-struct shared_plan {
-  int sums, block_sums, tokens, bytes;
-};
 
 struct few_arguments {
   packed_matrix w;
@@ -36,116 +25,166 @@ struct few_arguments {
   int tokens;
   product_output out;
   nf4_values codebook;
-  int parts;  // of the columns: the blocks of a cluster
+  few_division divided;
   shared_plan plan;
 };
 
 // ---- the division of work ----
 
-// A block's tiles and its part of their columns, in chunks; and the run of chunks of each of its warps, counted from the
-// first tile's first.
+// A block's tiles and spans, and this warp's place among the block's.
 struct division {
-  int part, first_tile, tiles, first_chunk, row_chunks, chunks, warps;
+  int part, first_tile, tiles, rounds, first_span, spans, column, team;
 
-  __device__ division(const few_arguments &args, int chunk_blocks) {
-    int groups = gridDim.x / args.parts, group = blockIdx.x / args.parts;
-    int few = int(args.w.row_tiles) / groups, more = int(args.w.row_tiles) % groups;  // so many have one more
-    int all_chunks = int(args.w.col_blocks) / chunk_blocks;
-    part = blockIdx.x % args.parts;
-    first_tile = few * group + min(group, more);
-    tiles = few + (group < more);
-    first_chunk = all_chunks * part / args.parts;
-    row_chunks = all_chunks * (part + 1) / args.parts - first_chunk;
-    chunks = tiles * row_chunks;
-    warps = blockDim.x / 32;
+  __device__ division(const few_division &d, int all_spans) {
+    int group = blockIdx.y;
+    part = blockIdx.x;
+    first_tile = d.group_tiles * group + min(group, d.one_more);
+    tiles = d.group_tiles + (group < d.one_more);
+    rounds = d.rounds - ((d.rounds - 1) * d.teams >= tiles);
+    first_span = d.spans * part;
+    spans = min(d.spans, all_spans - first_span);
+    team = d.teams == 1 ? 0 : threadIdx.x / 32 / unsigned(d.columns);
+    column = threadIdx.x / 32 - team * d.columns;
   }
-  __device__ int first_of(int warp) const { return chunks * warp / warps; }
-  __device__ int warp_of(int chunk) const { return ((chunk + 1) * warps - 1) / chunks; }
 };
 
-// ---- tokens in shared memory ----
-// For each block of 64 columns and token 128 bytes, in the order in which lane 4n + t reads the operand of token n:
-// two halves of four 16-byte pieces, piece t of half h for the steps 2h and 2h + 1. Odd tokens have their halves
-// swapped and the blocks' pieces take turns, so that neither readers nor writers of eight pieces meet in a bank.
+// Where a warp is: round after round, pass for pass, until sums are joined; then on from there.
+struct place {
+  int first, end;   // the rounds whose sums are joined together
+  int round, pass;
+  int own_end;      // of the rounds that have a chunk for this warp: teams' tiles and passes' spans may not come out even
 
-__device__ int token_piece(int n_tokens, int block, int token, int half, int t) {
-  return (block * n_tokens + token) * 128 + (half ^ (token & 1)) * 64 + (t ^ (block & 3)) * 16;
-}
-
-__device__ __noinline__ uint4 last_columns(const __nv_bfloat16 *from, int64_t n) {
-  union {
-    uint4 vector;
-    __nv_bfloat16 item[8];
-  } v = {make_uint4(0, 0, 0, 0)};
-  for (int i = 0; i < 8 && i < n; i++) v.item[i] = from[i];
-  return v.vector;
-}
-
-__device__ uint4 eight_columns(const __nv_bfloat16 *row, int64_t col, int64_t cols) {
-  if (col + 8 <= cols) return *reinterpret_cast<const uint4 *>(row + col);
-  return last_columns(row + col, cols - col);
-}
-
-// `blocks` of columns from `first_block` on. A thread turns half a block at a time: piece t has word t of its four
-// vectors.
-__device__ void stage_tokens(uint8_t *tokens, const few_arguments &args, int first_block, int blocks) {
-  int halves = blocks * 2;
-  for (int i = threadIdx.x; i < halves * args.tokens; i += blockDim.x) {
-    int token = i / halves, block = (i - token * halves) / 2, half = i % 2;
-    const __nv_bfloat16 *row = args.x + token * args.x_stride;
-    uint4 v[4];
-#pragma unroll
-    for (int j = 0; j < 4; j++)
-      v[j] = eight_columns(row, int64_t(first_block + block) * block_cols + half * 32 + j * 8, args.w.cols);
-#pragma unroll
-    for (int t = 0; t < 4; t++)
-      *reinterpret_cast<uint4 *>(tokens + token_piece(args.tokens, block, token, half, t)) =
-          make_uint4(word_of(v[0], t), word_of(v[1], t), word_of(v[2], t), word_of(v[3], t));
+  __device__ place(const few_division &d, const division &by) : first(0), round(0), pass(0) { begin(d, by); }
+  __device__ void begin(const few_division &d, const division &by) {
+    end = min(first + d.rounds_at_once, by.rounds);
+    own_end = span(d, by) >= by.spans ? 0 : end * d.teams + by.team - d.teams < by.tiles ? end : end - 1;
   }
+  // True where it does not go on with the next round of the same pass.
+  __device__ bool step(const few_division &d, const division &by) {
+    if (++round < end) return false;
+    if (++pass == d.passes) pass = 0, first = round;
+    round = first;
+    begin(d, by);
+    return true;
+  }
+  __device__ bool ended(const division &by) const { return first >= by.rounds; }
+  __device__ bool has_chunk() const { return round < own_end; }
+  __device__ int span(const few_division &d, const division &by) const { return pass * d.columns + by.column; }
+};
+
+__device__ uint8_t *own_memory(uint8_t *shared, const few_arguments &args, int team, int column) {
+  return shared + args.plan.warps + (team * args.divided.columns + column) * args.plan.warp_bytes;
 }
+
+// ---- tokens: in the warp's shared memory, then in registers ----
+// Each pass has its columns; for each of their blocks and token 128 bytes, eight pieces of eight columns, which take turns
+// so that the same piece of eight tokens lies in different banks.
+
+__device__ int token_piece(int n_tokens, int block, int token, int piece) {
+  return (block * n_tokens + token) * 128 + ((piece ^ token) & 7) * 16;
+}
+
+// A lane's copies: of some tokens the same piece of a block, in every pass.
+template <int span>
+struct token_copies {
+  static constexpr int pieces = span * 8, tokens_at_once = 32 / pieces;
+  const few_arguments &args;
+  int token, block, piece, col, end;  // where its columns end
+  uint32_t to;
+
+  __device__ token_copies(const few_arguments &args, const division &by, uint8_t *own)
+      : args(args), token(threadIdx.x % 32 / pieces), block(threadIdx.x % pieces / 8), piece(threadIdx.x % 8),
+        col(((by.first_span + by.column) * span + block) * block_cols + piece * 8),
+        end(min((by.first_span + by.spans) * span * block_cols, int(args.w.cols))), to(shared_address(own)) {}
+  __device__ void stage() {
+    for (int pass = 0; pass < args.divided.passes; pass++) {
+      const __nv_bfloat16 *from = args.x + token * args.x_stride;
+#pragma unroll 1
+      for (int i = token; i < args.tokens; i += tokens_at_once, from += tokens_at_once * args.x_stride)
+        copy_columns(to + token_piece(args.tokens, block, i, piece), from, col, end);
+      to += span * args.tokens * 128;
+      col += args.divided.columns * span * block_cols;
+    }
+    commit_copies();
+    wait_for_copies<0>();
+    __syncwarp();
+  }
+};
+
+// The operands of a pass. Where there is no such token, any other will do: the columns of a product do not mix.
+template <int span, int products>
+struct token_values {
+  uint4 value[span][products][2];  // halves of a block
+
+  __device__ void load(const uint8_t *own, const few_arguments &args, int pass) {
+    int lane = threadIdx.x % 32;
+    uint32_t from = shared_address(own) + pass * span * args.tokens * 128;
+#pragma unroll
+    for (int p = 0; p < products; p++) {
+      int token = min(p * 8 + lane % 8, args.tokens - 1);
+#pragma unroll
+      for (int i = 0; i < span; i++) {
+        uint32_t at = from + token_piece(args.tokens, i, token, lane / 8);
+        value[i][p][0] = load_matrices(at);
+        value[i][p][1] = load_matrices(at ^ 64);
+      }
+    }
+  }
+};
 
 // ---- the stream of weights ----
 
-// A lane's part of a chunk.
-template <weight_kind kind>
+// A lane's part of a chunk: codes of all blocks, and for 8 of its rows the scales of one block, which the lanes exchange.
+template <weight_kind kind, int span>
 struct weight_chunk {
-  uint4 codes[chunk_vectors];
-  __half2 scales[chunk_blocks<kind>];
+  uint4 codes[span * decoder<kind>::vectors];
+  __half2 scales;
+
+  // Where none is ever fetched it makes no difference: it is multiplied by zeros, and is finite.
+  __device__ weight_chunk() {
+    if constexpr (decoder<kind>::scaled) scales = __float2half2_rn(0);
+    else for (uint4 &v : codes) v = make_uint4(0, 0, 0, 0);
+  }
+  __device__ float2 scales_of(int block) const {
+    if constexpr (!decoder<kind>::scaled) return make_float2(1, 1);
+    return __half22float2(__shfl_sync(0xffffffffu, scales, (threadIdx.x & 28) | block));
+  }
 };
 
-// A warp's run on its way into registers.
-template <weight_kind kind>
+// A warp's chunks on their way into registers.
+template <weight_kind kind, int span>
 struct weight_stream {
-  static constexpr int blocks = chunk_blocks<kind>, vectors = decoder<kind>::vectors;
+  static constexpr int vectors = decoder<kind>::vectors;
+  const few_arguments &args;
+  const division &by;
+  place at;
   const uint8_t *codes;
   const __half2 *scales;
-  int left;  // chunks still to be fetched
-  int chunk, row_chunks, other_chunks;  // of the tile: the next, the block's, those of the cluster's other blocks
   uint64_t policy;
 
-  __device__ weight_stream(const few_arguments &args, const division &by, int warp)
-      : left(by.first_of(warp + 1) - by.first_of(warp)), chunk(by.first_of(warp) % by.row_chunks),
-        row_chunks(by.row_chunks), other_chunks(int(args.w.col_blocks) / blocks - by.row_chunks),
-        policy(evict_first_policy()) {
-    int lane = threadIdx.x % 32, tile = by.first_tile + by.first_of(warp) / row_chunks;
-    int64_t block = int64_t(tile) * args.w.col_blocks + (by.first_chunk + chunk) * blocks;
-    codes = args.w.codes + block * tile_bytes(kind) + lane * 16;
-    scales = args.w.scales + block * 8 + lane / 4;
+  __device__ weight_stream(const few_arguments &args, const division &by)
+      : args(args), by(by), at(args.divided, by), policy(evict_first_policy()) {
+    find_chunk();
+  }
+  __device__ void find_chunk() {
+    int lane = threadIdx.x % 32, tile = by.first_tile + at.round * args.divided.teams + by.team;
+    int block = tile * args.divided.tile_blocks + (by.first_span + at.span(args.divided, by)) * span;
+    codes = args.w.codes + int64_t(block) * tile_bytes(kind) + lane * 16;
+    scales = args.w.scales + int64_t(block + lane % span) * 8 + lane / 4;
   }
   // Block i of the next chunk; a chunk's blocks are fetched in order, then `step` goes on.
-  __device__ void fetch(weight_chunk<kind> &to, int i) {
-    if (left <= 0) return;
+  __device__ void fetch(weight_chunk<kind, span> &to, int i) {
+    if (!at.has_chunk()) return;
 #pragma unroll
     for (int j = 0; j < vectors; j++)
       to.codes[i * vectors + j] = load_weights(codes + (i * vectors + j) * 512, policy);
-    if constexpr (decoder<kind>::scaled) to.scales[i] = load_scales(scales + i * 8, policy);
+    if (decoder<kind>::scaled && i == span - 1) to.scales = load_scales(scales, policy);
   }
   __device__ void step() {
-    int chunks = 1;
-    if (++chunk == row_chunks) chunks += other_chunks, chunk = 0;
-    codes += chunks * int64_t(chunk_bytes);
-    scales += chunks * blocks * 8;
-    left--;
+    int blocks = args.divided.tile_blocks * args.divided.teams;
+    codes += int64_t(blocks) * tile_bytes(kind);
+    scales += int64_t(blocks) * 8;
+    if (at.step(args.divided, by)) find_chunk();
   }
 };
 
@@ -158,39 +197,14 @@ __device__ void multiply_add(float c[4], const uint32_t a[4], uint32_t b0, uint3
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Where a lane finds its tokens: those of lane 4g + t are g and, of the second product, g + 8; where there is no such
-// token, any other: the columns of a product do not mix.
-template <int products>
-struct token_reader {
-  uint32_t first[products], block_stride;
-  int block;  // the next
-
-  __device__ token_reader(uint8_t *tokens, int n_tokens) : block_stride(n_tokens * 128), block(0) {
-    int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int p = 0; p < products; p++)
-      first[p] = shared_address(tokens) + token_piece(n_tokens, 0, (lane / 4 + p * 8) % n_tokens, 0, lane % 4);
-  }
-  __device__ void load(uint4 (&b)[products][2]) {
-#pragma unroll
-    for (int p = 0; p < products; p++) {
-      uint32_t at = (first[p] ^ (block & 3) * 16) + block * block_stride;
-      b[p][0] = load_vector(at);
-      b[p][1] = load_vector(at ^ 64);
-    }
-    block++;
-  }
-};
-
 // Unscaled codes times tokens, a block's scale applied to its sum.
-template <weight_kind kind, int products>
-__device__ void multiply_block(float sums[products][4], const weight_chunk<kind> &chunk, int i,
+template <weight_kind kind, int span, int products>
+__device__ void multiply_block(float sums[products][4], const weight_chunk<kind, span> &chunk, int i,
                                const uint4 (&tokens)[products][2], const decoder<kind> &decode) {
   uint32_t a[4][4];
 #pragma unroll
   for (int s = 0; s < 4; s++) decode.step(&chunk.codes[i * decoder<kind>::vectors], s, a[s]);
-  float2 scale = make_float2(1, 1);
-  if constexpr (decoder<kind>::scaled) scale = __half22float2(chunk.scales[i]);
+  float2 scale = chunk.scales_of(i);
 #pragma unroll
   for (int p = 0; p < products; p++) {
     float c[4] = {0, 0, 0, 0};
@@ -208,193 +222,181 @@ __device__ void multiply_block(float sums[products][4], const weight_chunk<kind>
 
 // ---- sums: register i of product p of lane 4g + t is of row g + 8 (i / 2) and token 8 p + 2t + i % 2 ----
 
+// In shared memory, for each product 16 rows of 8 tokens, whose pairs take turns: neither writers of pairs nor readers of
+// rows meet in a bank.
+__device__ int sum_place(int row, int token) {
+  return token / 8 * product_sums + row * 8 + ((token / 2 ^ row / 4) & 3) * 2 + token % 2;
+}
+
+template <int products>
+__device__ void leave_sums(float *to, float sums[products][4], bool add) {
+  int lane = threadIdx.x % 32;
+  float2 *place[2 * products];
+#pragma unroll
+  for (int i = 0; i < 2 * products; i++)
+    place[i] = reinterpret_cast<float2 *>(to + sum_place(lane / 4 + i % 2 * 8, i / 2 * 8 + lane % 4 * 2));
+  if (add) {
+#pragma unroll
+    for (int i = 0; i < 2 * products; i++) {
+      sums[i / 2][i % 2 * 2] += place[i]->x;
+      sums[i / 2][i % 2 * 2 + 1] += place[i]->y;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 2 * products; i++) *place[i] = make_float2(sums[i / 2][i % 2 * 2], sums[i / 2][i % 2 * 2 + 1]);
+}
+
+// Sums of a cluster's parts: each block adds up those of every so manieth item, which all blocks send to it.
+struct cluster_sums {
+  uint64_t *barrier;
+  float *inbox;  // [part, item]
+  int parts, part, items;
+
+  __device__ cluster_sums(uint8_t *shared, const few_arguments &args, const division &by)
+      : barrier(reinterpret_cast<uint64_t *>(shared + args.plan.inbox)), inbox(reinterpret_cast<float *>(barrier + 1)),
+        parts(args.divided.parts), part(by.part), items(by.tiles * args.tokens * tile_rows / parts) {}
+#if __CUDA_ARCH__ >= 900
+  __device__ void begin() {
+    if (threadIdx.x == 0) {
+      init_barrier(barrier, 1);
+      publish_barriers();
+      expect_bytes(barrier, items * parts * sizeof(float));
+    }
+    arrive_at_cluster();
+  }
+  __device__ void send(int item, float sum) {
+    send_to_cluster(inbox + part * items + item / parts, sum, barrier, item % parts);
+  }
+  __device__ float sum_of(int item) {  // of mine
+    float sum = 0;
+    for (int i = 0; i < parts; i++) sum += inbox[i * items + item / parts];
+    return sum;
+  }
+#endif
+};
+
 // The block's sum for an item of [tokens, 16] of its tile number `tile`: the result, or the block's part of it.
 __device__ void put_sum(uint8_t *shared, const few_arguments &args, const division &by, int tile, int item, float sum) {
   int64_t row = int64_t(by.first_tile + tile) * tile_rows + item % tile_rows;
-  if (args.parts > 1)
-    reinterpret_cast<float *>(shared + args.plan.block_sums)[tile * args.tokens * tile_rows + item] = sum;
-  else if (row < args.w.rows)
-    store_result(args.out, item / tile_rows, row, sum);
-}
-
-// Of tiles that are not a warp's alone it has at most two parts: the end of one that another warp began, and the
-// beginning or the middle of one that another warp ends.
-enum tile_part : int { tile_end, tile_beginning };
-
-__device__ float *part_of(uint8_t *shared, const few_arguments &args, int warp, tile_part part) {  // [tokens, 16]
-  return reinterpret_cast<float *>(shared + args.plan.sums) + (warp * 2 + part) * args.tokens * tile_rows;
-}
-
-// What of its sums a lane has for tokens that there are: do_item(item of [tokens, 16], sum).
-template <int products, typename work>
-__device__ void for_each_item(int tokens, const float sums[products][4], work do_item) {
-  int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int i = 0; i < 4 * products; i++) {
-    int token = i / 4 * 8 + lane % 4 * 2 + i % 2;
-    if (token < tokens) do_item(token * tile_rows + lane / 4 + i % 4 / 2 * 8, sums[i / 4][i % 4]);
+#if __CUDA_ARCH__ >= 900
+  if (args.divided.parts > 1) {
+    cluster_sums(shared, args, by).send(tile * args.tokens * tile_rows + item, sum);
+    return;
   }
+#endif
+  if (row < args.w.rows) store_result(args.out, item / tile_rows, row, sum);
 }
 
-__device__ void join_warps(uint8_t *shared, const few_arguments &args, const division &by, float unit) {
-  int n = args.tokens * tile_rows, chunks = by.row_chunks;
-  for (int i = threadIdx.x; i < by.tiles * n; i += blockDim.x) {
-    int tile = i / n, item = i % n, first = by.warp_of(tile * chunks), last = by.warp_of((tile + 1) * chunks - 1);
-    if (first == last) continue;
+// The warps' sums of the rounds from `first` to `end`.
+template <int products>
+__device__ void join_warps(uint8_t *shared, const few_arguments &args, const division &by, int first, int end, float unit) {
+  int n = args.tokens * tile_rows, teams = args.divided.teams, first_tile = first * teams;
+  int count = (min(end * teams, by.tiles) - first_tile) * n, stride = args.plan.warp_bytes / int(sizeof(float));
+  for (int i = threadIdx.x; i < count; i += blockDim.x) {
+    int tile = i / n, item = i - tile * n, round = teams == 1 ? tile : tile / teams;
+    const float *from = reinterpret_cast<float *>(own_memory(shared, args, tile - round * teams, 0) + args.plan.sums) +
+                        round * products * product_sums + sum_place(item % tile_rows, item / tile_rows);
     float sum = 0;
-    for (int warp = first; warp < last; warp++) sum += part_of(shared, args, warp, tile_beginning)[item];
-    sum += part_of(shared, args, last, tile_end)[item];
-    put_sum(shared, args, by, tile, item, sum * unit);
+#pragma unroll 8
+    for (int column = 0; column < args.divided.columns; column++) sum += from[column * stride];
+    put_sum(shared, args, by, first_tile + tile, item, sum * unit);
   }
 }
 
-// The cluster's blocks share the adding of their parts, too.
+// The block's share of the cluster's results.
 __device__ void join_blocks(uint8_t *shared, const few_arguments &args, const division &by) {
 #if __CUDA_ARCH__ >= 900
-  wait_for_writes_of_cluster();
-  uint32_t mine = shared_address(shared + args.plan.block_sums);
+  cluster_sums sums(shared, args, by);
   int n = args.tokens * tile_rows;
-  for (int i = threadIdx.x * args.parts + by.part; i < by.tiles * n; i += blockDim.x * args.parts) {
+  wait_barrier(sums.barrier, 0);
+  for (int i = threadIdx.x * sums.parts + by.part; i < by.tiles * n; i += blockDim.x * sums.parts) {
     int64_t row = int64_t(by.first_tile + i / n) * tile_rows + i % tile_rows;
-    float sum = 0;
-    for (int part = 0; part < args.parts; part++) sum += load_of_cluster(mine + i * 4, part);
+    float sum = sums.sum_of(i);
     if (row < args.w.rows) store_result(args.out, i % n / tile_rows, row, sum);
   }
-  wait_for_writes_of_cluster();  // the others still read what this block has left
 #endif
 }
 
-// A warp's place in its run, and the sums of the tile there.
-template <weight_kind kind, int products>
-struct run_of_warp {
+// A warp on its way.
+template <weight_kind kind, int span, int products>
+struct warp_run {
   const few_arguments &args;
   const division &by;
-  uint8_t *shared;
-  int warp, tile, chunk;
-  bool whole;  // all of the tile so far is this warp's
-  float unit;
-  token_reader<products> tokens;
+  uint8_t *own;
   decoder<kind> decode;
-  float sums[products][4];
+  place at;
+  token_values<span, products> tokens;
+  float *to;  // the sums of this round
 
-  __device__ run_of_warp(const few_arguments &args, uint8_t *shared, const division &by, int warp, float unit)
-      : args(args), by(by), shared(shared), warp(warp), unit(unit),
-        tokens(shared + args.plan.tokens, args.tokens),
-        decode{uint32_t(shared_address(shared) - shared_start + threadIdx.x % 32 * 4)} {
-    int first = by.first_of(warp);
-    tile = first / by.row_chunks, chunk = first % by.row_chunks;
-    whole = chunk == 0;
-    tokens.block = chunk * chunk_blocks<kind>;
-    clear();
+  __device__ warp_run(const few_arguments &args, const division &by, uint8_t *shared, uint8_t *own)
+      : args(args), by(by), own(own),
+        decode{uint32_t(shared_address(shared) - shared_start + threadIdx.x % 32 * 4)}, at(args.divided, by) {
+    begin();
   }
-  __device__ void clear() {
-#pragma unroll
-    for (int i = 0; i < 4 * products; i++) sums[i / 4][i % 4] = 0;
+  __device__ void begin() {
+    if (args.divided.passes > 1 || at.first == 0) tokens.load(own, args, at.pass);
+    to = reinterpret_cast<float *>(own + args.plan.sums);
   }
-  __device__ void multiply(weight_chunk<kind> &weights, weight_stream<kind> &stream) {
+  __device__ void multiply(weight_chunk<kind, span> &weights, weight_stream<kind, span> &stream) {
+    float sums[products][4] = {};
 #pragma unroll
-    for (int i = 0; i < chunk_blocks<kind>; i++) {
-      uint4 b[products][2];
-      tokens.load(b);
-      multiply_block<kind, products>(sums, weights, i, b, decode);
+    for (int i = 0; i < span; i++) {
+      multiply_block<kind, span, products>(sums, weights, i, tokens.value[i], decode);
       stream.fetch(weights, i);
     }
     stream.step();
-    if (++chunk == by.row_chunks) end_tile();
-  }
-  __device__ void end_tile() {
-    if (whole)
-      for_each_item<products>(args.tokens, sums,
-                              [&](int item, float sum) { put_sum(shared, args, by, tile, item, sum * unit); });
-    else
-      leave_part(tile_end);
-    tile++, chunk = 0, whole = true;
-    tokens.block = 0;
-    clear();
-  }
-  __device__ void end_run() {
-    if (chunk > 0) leave_part(tile_beginning);
-  }
-  __device__ void leave_part(tile_part part) {
-    float *to = part_of(shared, args, warp, part);
-    for_each_item<products>(args.tokens, sums, [&](int item, float sum) { to[item] = sum; });
+    leave_sums<products>(to, sums, at.pass > 0);
+    to += products * product_sums;
+    if (at.step(args.divided, by)) begin();
   }
 };
 
 template <weight_kind kind, int products>
-__global__ void __maxnreg__(products == 1 ? 72 : 128)
-    product_few(const __grid_constant__ few_arguments args) {
+__global__ void __maxnreg__(products == 1 ? 104 : 128) product_few(const __grid_constant__ few_arguments args) {
   extern __shared__ __align__(1024) uint8_t shared[];
-  constexpr int chunks_ahead = few_shape<products>::chunks_ahead;
-  division by(args, chunk_blocks<kind>);
-  int warp = threadIdx.x / 32, left = by.first_of(warp + 1) - by.first_of(warp);
-  weight_stream<kind> stream(args, by, warp);
-  weight_chunk<kind> weights[chunks_ahead];
+  constexpr int span = span_of(kind, products);
+  division by(args.divided, args.divided.tile_blocks / span);
+  weight_stream<kind, span> stream(args, by);
+  weight_chunk<kind, span> weights;
 #pragma unroll
-  for (int k = 0; k < chunks_ahead; k++, stream.step())
-#pragma unroll
-    for (int i = 0; i < chunk_blocks<kind>; i++) stream.fetch(weights[k], i);
+  for (int i = 0; i < span; i++) stream.fetch(weights, i);
+  stream.step();
   if constexpr (kind == weight_kind::nf4) fill_pair_table(shared, args.codebook, blockDim.x);
   float unit = decoder<kind>::scaled ? *args.w.unit : 1.f;
+#if __CUDA_ARCH__ >= 900
+  if (args.divided.parts > 1) cluster_sums(shared, args, by).begin();
+#endif
+  __syncthreads();
+  uint8_t *own = own_memory(shared, args, by.team, by.column);
+  token_copies<span> tokens(args, by, own);
   wait_for_kernel_before();
   let_next_kernel_start();  // not earlier: next_sees_input
-  stage_tokens(shared + args.plan.tokens, args, by.first_chunk * chunk_blocks<kind>, by.row_chunks * chunk_blocks<kind>);
-  __syncthreads();
-  run_of_warp<kind, products> run(args, shared, by, warp, unit);
-  while (left > 0) {
-#pragma unroll
-    for (int k = 0; k < chunks_ahead; k++)
-      if (left-- > 0) run.multiply(weights[k], stream);
+  tokens.stage();
+  warp_run<kind, span, products> run(args, by, shared, own);
+  while (!run.at.ended(by)) {
+    int first = run.at.first;
+    do run.multiply(weights, stream);
+    while (run.at.first == first);
+    __syncthreads();
+#if __CUDA_ARCH__ >= 900
+    if (args.divided.parts > 1 && first == 0) wait_at_cluster();
+#endif
+    join_warps<products>(shared, args, by, first, run.at.first, unit);
+    if (!run.at.ended(by)) __syncthreads();
   }
-  run.end_run();
-  __syncthreads();
-  join_warps(shared, args, by, unit);
-  if (args.parts > 1) join_blocks(shared, args, by);
+  if (args.divided.parts > 1) join_blocks(shared, args, by);
 }
 
 // ---- launching ----
 
-// How a product is divided; no warps where there is no room.
-struct few_plan {
-  int parts, groups, warps;
-  shared_plan shared;
-};
-
-int groups_of(const product_context &context, const packed_matrix &w, int parts) {
-  int64_t most = parts == 1 ? context.multiprocessors : context.pairs;
-  return int(most < w.row_tiles ? most : w.row_tiles);
-}
-
-shared_plan plan_shared(const packed_matrix &w, int tokens, int parts, int groups, int warps) {
-  int tile_sums = tokens * tile_rows * int(sizeof(float)), tiles = int(ceil_div(w.row_tiles, groups));
-  shared_plan plan;
-  plan.sums = w.kind == weight_kind::nf4 ? pair_table_bytes : 0;
-  plan.block_sums = plan.sums + warps * 2 * tile_sums;
-  plan.tokens = int(align_up(plan.block_sums + (parts > 1 ? tiles * tile_sums : 0), 128));
-  plan.bytes = int(plan.tokens + align_up(ceil_div(w.col_blocks, parts), col_blocks_step) * tokens * 128);
-  return plan;
-}
-
-// As few parts as give enough warps room, as many warps as there is shared memory for.
-few_plan plan_few(const product_context &context, const packed_matrix &w, int tokens) {
-  few_plan plan = {};
-  for (int parts = 1; parts <= most_parts && plan.warps < warps_enough; parts++) {
-    int groups = groups_of(context, w, parts);
-    int warps = tokens <= 8 ? few_shape<1>::warps : few_shape<2>::warps;
-    if (groups == 0) break;
-    while (warps > 0 && plan_shared(w, tokens, parts, groups, warps).bytes > context.shared_bytes) warps--;
-    if (warps > plan.warps) plan = {parts, groups, warps, plan_shared(w, tokens, parts, groups, warps)};
-  }
-  return plan;
-}
-
 template <weight_kind kind, int products>
 cudaError_t launch_products(const product_call &call) {
   few_plan plan = plan_few(*call.context, call.w, call.tokens);
-  few_arguments args = {call.w,   call.x,     call.x_stride, call.tokens, call.out, call.context->codebook,
-                        plan.parts, plan.shared};
-  return launch_in_clusters(call, unsigned(plan.parts), product_few<kind, products>,
-                            dim3(unsigned(plan.groups * plan.parts)), dim3(plan.warps * 32),
+  const few_division &d = plan.divided;
+  few_arguments args = {call.w,   call.x, call.x_stride, call.tokens, call.out, call.context->codebook,
+                        plan.divided, plan.shared};
+  return launch_in_clusters(call, unsigned(d.parts), product_few<kind, products>,
+                            dim3(unsigned(d.parts), unsigned(d.groups)), dim3(unsigned(d.columns * d.teams * 32)),
                             size_t(plan.shared.bytes), args);
 }
 
@@ -403,27 +405,26 @@ cudaError_t launch_kind(const product_call &call) {
   return call.tokens <= 8 ? launch_products<kind, 1>(call) : launch_products<kind, 2>(call);
 }
 
-// How many clusters of two blocks run at once.
-cudaError_t count_pairs(product_context &context) {
+// How many clusters of so many blocks run at once.
+cudaError_t count_clusters(product_context &context, int blocks) {
   cudaLaunchAttribute cluster = {};
   cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {2, 1, 1};
+  cluster.val.clusterDim = {unsigned(blocks), 1, 1};
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(2);
-  config.blockDim = dim3(few_shape<2>::warps * 32);
+  config.gridDim = dim3(unsigned(blocks));
+  config.blockDim = dim3(most_warps * 32);
   config.dynamicSmemBytes = size_t(context.shared_bytes);
   config.attrs = &cluster;
   config.numAttrs = 1;
-  return cudaOccupancyMaxActiveClusters(&context.pairs, product_few<weight_kind::nf4, 2>, &config);
+  return cudaOccupancyMaxActiveClusters(&context.clusters[blocks], product_few<weight_kind::nf4, 2>, &config);
 }
 
 }  // namespace
 
-// So many that enough warps have room beside them, or one with any warps, or none.
 int few_tokens_at_once(const product_context &context, const packed_matrix &w) {
   int tokens = few_tokens;
-  while (tokens > 1 && plan_few(context, w, tokens).warps < warps_enough) tokens--;
-  return plan_few(context, w, tokens).warps > 0 ? tokens : 0;
+  while (tokens > 0 && plan_few(context, w, tokens).divided.groups == 0) tokens--;
+  return tokens;
 }
 
 cudaError_t prepare_few(product_context &context) {
@@ -435,7 +436,11 @@ cudaError_t prepare_few(product_context &context) {
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, context.shared_bytes);
     if (status != cudaSuccess) return status;
   }
-  return context.hopper ? count_pairs(context) : cudaSuccess;
+  context.clusters[1] = context.multiprocessors;
+  cudaError_t status = cudaSuccess;
+  for (int blocks = 2; context.hopper && blocks <= most_parts && status == cudaSuccess; blocks *= 2)
+    status = count_clusters(context, blocks);
+  return status;
 }
 
 cudaError_t launch_few(const product_call &call) {
