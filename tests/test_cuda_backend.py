@@ -293,9 +293,11 @@ def test_term(name: str) -> None:
 
 @needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("cols", [64, 1088])
+@pytest.mark.parametrize(
+    "cols", [64, 1088, 14400]
+)  # the last is too long for 8 tokens in one block of threads
 def test_adapters_beside_the_product(cols: int, dtype: str) -> None:
-    """Few tokens with an adapter or none, on two layers with one input: steps that repeat and change."""
+    """Few tokens with stacks of adapters or none, on two layers with one input: steps that repeat and change."""
     tensors: dict[str, Any] = {}
     weight("w", 128, cols, "nf4", tensors)
     weight("v", 128, cols, "nf4", tensors, seed=2)
@@ -307,13 +309,22 @@ def test_adapters_beside_the_product(cols: int, dtype: str) -> None:
         {"v": Lowered((plain(33, 128, cols, 7, dtype, dtype),), g_out=random(8, 128))},
         {"w": Lowered((plain(1, 128, cols, 9, dtype, dtype),)), "v": Lowered(g_out=random(10, 128))},
     ]
-    batches = [(0,), (1, 0), (None, 2, 0, 1, 2, None, 1, 0), (2,)]
+    alone = [
+        [(1, (0,))],
+        [(1, (1,)), (1, (0,))],
+        [(1, (i,) if i < 3 else ()) for i in (3, 2, 0, 1, 2, 3, 1, 0)],
+    ]
+    shared = [[(3, (0,)), (1, ()), (2, (1, 0)), (1, (2, 1, 0))], [(8, (1,))], [(1, (0, 1, 2))]]
+    more = [[(9, (1, 2))], [(1, (i % 3,)) for i in range(13)]]
     ours, theirs = load(model), reference(model)
     for executable in (ours, theirs):
-        executable.reserve(8)
+        executable.reserve(39)
         assert [executable.attach(one) for one in adapters] == [0, 1, 2]
-    for chosen in batches * 3:
-        runs = [Run([3 + i], 0, [i], () if a is None else (a,)) for i, a in enumerate(chosen)]
+    for chosen in (alone + shared + more) * 3:
+        runs = [
+            Run([i % VOCABULARY] * n, 0, range(3 * i, 3 * i + 3), stack)
+            for i, (n, stack) in enumerate(chosen)
+        ]
         assert_close(ours.step(batch(runs)), theirs.step(batch(runs)))
 
 

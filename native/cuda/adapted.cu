@@ -66,13 +66,14 @@ adapter_call adapted_members::describe(const adrt_executable &e) const {
   return call;
 }
 
-bool adapted_members::can_ride(const adrt_executable &e, const adapter_call &call, const packed_matrix &product,
-                               ride_call &ride) const {
+bool adapted_members::fit_beside(adrt_executable &e, const packed_matrix &product, beside_call &beside) const {
   const segment_plan &s = segments(e);
-  if (!chunks(e) || !s.single || s.stacked || !next_sees_input(e.products.context, product, tokens(e))) return false;
+  if (!chunks(e) || e.launches_beside >= most_launches_beside) return false;
+  beside = {s.device_shrink_tiles, int(s.shrink_tiles.size()), s.single ? 1 : std::min(shrink_tokens, tokens(e))};
   int32_t dtype = -1;
-  int64_t width = 0;
+  int64_t width = 0, tile = 0;
   for (const product_member &m : members_) {
+    beside.members[beside.n_members++] = {std::max(m.target, 0), int32_t(tile += m.w.row_tiles)};
     if (m.bias) return false;
     if (!acts(e, m.target)) continue;
     const host_attachment &a = acting(e, m);
@@ -80,8 +81,11 @@ bool adapted_members::can_ride(const adrt_executable &e, const adapter_call &cal
     dtype = std::max(dtype, a.dtype);
     width = std::max(width, a.width);
   }
-  ride = {call, panel_kind(dtype), int(shrink_chunks(width))};
-  return plan_ride(ride, e.riding.bytes(), e.multiprocessors);
+  beside.kind = panel_kind(dtype), beside.rank_pieces = int(shrink_chunks(width));
+  beside.parts = e.beside.as<uint64_t>(), beside.step = e.plan.device_number;
+  if (!plan_beside(e.products.context, product, tokens(e), beside)) return false;
+  beside.launch = ++e.launches_beside;
+  return true;
 }
 
 // V x of the terms in common, once a V.

@@ -3,8 +3,8 @@
 #define ADAPTRT_CUDA_ADAPTED_CUH
 #include <vector>
 
+#include "beside.cuh"
 #include "executable.cuh"
-#include "ride.cuh"
 
 namespace adaptrt {
 
@@ -27,9 +27,8 @@ class adapted_members {
 
   // x and y are the caller's to fill in.
   adapter_call describe(const adrt_executable &e) const;
-  // Whether `product` takes all adapters along in one launch beside it, `ride`.
-  bool can_ride(const adrt_executable &e, const adapter_call &call, const packed_matrix &product,
-                ride_call &ride) const;
+  // Whether `product` has room for all adapters inside it, as `beside`.
+  bool fit_beside(adrt_executable &e, const packed_matrix &product, beside_call &beside) const;
   // What needs no product: V x. The result says what is left.
   extend_call before(adrt_executable &e, const adapter_call &call) const;
   void after(adrt_executable &e, const adapter_call &call, const extend_call &left) const;

@@ -179,10 +179,11 @@ struct adrt_executable {
   __nv_bfloat16 *gathered = nullptr;  // [tokens, width of the head's input]
   int32_t logit_room = 0;
   adaptrt::device_memory logits;      // [logit_room, logit_rows] float
-  adaptrt::device_memory mapped_memory, workspace, partial, arrived, hidden, projected, riding;
+  adaptrt::device_memory mapped_memory, workspace, partial, arrived, hidden, projected, beside;
   adaptrt::pinned_memory host_logits;
 
   adaptrt::plan plan;
+  uint32_t launches_beside = 0;  // of products with adapters inside, in the step
   adaptrt::graph_cache graphs;
 
   int64_t largest_queries = 0;  // halves a token

@@ -27,6 +27,7 @@ struct product_call {
   product_output out;
   void *workspace;
   cudaStream_t stream;
+  const beside_call *beside;  // or NULL; product_few.cu only
 };
 
 // product_few.cu: up to few_tokens tokens; how many at once depends on their length.
@@ -34,6 +35,7 @@ constexpr int few_tokens = 16, most_parts = 2;
 int few_tokens_at_once(const product_context &context, const packed_matrix &w);
 cudaError_t launch_few(const product_call &call);
 cudaError_t prepare_few(product_context &context);
+bool plan_few_beside(const product_context &context, const packed_matrix &w, int tokens, beside_call &call);
 
 // product_many.cu: any number of tokens, on Hopper.
 cudaError_t launch_many(const product_call &call);

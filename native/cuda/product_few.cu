@@ -6,7 +6,10 @@
 // multiplies it on tensor cores (16 rows by 8 tokens, once or twice). Warps do not wait for each other until the end,
 // when the sums of tiles that several warps share are added in the order of the columns. Where the tokens are too long
 // for one block's shared memory, a cluster of two or four blocks shares the columns of its tiles.
+#include "beside_warps.cuh"
 #include "launch.cuh"
+
+#include <algorithm>
 
 namespace adaptrt {
 namespace {
@@ -19,6 +22,7 @@ constexpr int chunk_bytes = 2048, chunk_vectors = chunk_bytes / 512;  // codes; 
 template <int products>
 struct few_shape {
   static constexpr int warps = products == 1 ? 24 : 16, chunks_ahead = products == 1 ? 1 : 2;
+  static constexpr int registers = products == 1 ? 72 : 128, most_warps = products == 1 ? 28 : 16;  // that they allow
 };
 
 template <weight_kind kind>
@@ -37,7 +41,9 @@ struct few_arguments {
   product_output out;
   nf4_values codebook;
   int parts;  // of the columns: the blocks of a cluster
+  int warps;  // that multiply
   shared_plan plan;
+  beside_call beside;
 };
 
 // ---- the division of work ----
@@ -57,7 +63,7 @@ struct division {
     first_chunk = all_chunks * part / args.parts;
     row_chunks = all_chunks * (part + 1) / args.parts - first_chunk;
     chunks = tiles * row_chunks;
-    warps = blockDim.x / 32;
+    warps = args.warps;
   }
   __device__ int first_of(int warp) const { return chunks * warp / warps; }
   __device__ int warp_of(int chunk) const { return ((chunk + 1) * warps - 1) / chunks; }
@@ -90,7 +96,7 @@ __device__ uint4 eight_columns(const __nv_bfloat16 *row, int64_t col, int64_t co
 // vectors.
 __device__ void stage_tokens(uint8_t *tokens, const few_arguments &args, int first_block, int blocks) {
   int halves = blocks * 2;
-  for (int i = threadIdx.x; i < halves * args.tokens; i += blockDim.x) {
+  for (int i = threadIdx.x; i < halves * args.tokens; i += args.warps * 32) {
     int token = i / halves, block = (i - token * halves) / 2, half = i % 2;
     const __nv_bfloat16 *row = args.x + token * args.x_stride;
     uint4 v[4];
@@ -151,13 +157,6 @@ struct weight_stream {
 
 // ---- products ----
 
-__device__ void multiply_add(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 // Where a lane finds its tokens: those of lane 4g + t are g and, of the second product, g + 8; where there is no such
 // token, any other: the columns of a product do not mix.
 template <int products>
@@ -208,13 +207,24 @@ __device__ void multiply_block(float sums[products][4], const weight_chunk<kind>
 
 // ---- sums: register i of product p of lane 4g + t is of row g + 8 (i / 2) and token 8 p + 2t + i % 2 ----
 
-// The block's sum for an item of [tokens, 16] of its tile number `tile`: the result, or the block's part of it.
-__device__ void put_sum(uint8_t *shared, const few_arguments &args, const division &by, int tile, int item, float sum) {
+// The result for an item of [tokens, 16] of the block's tile number `tile`.
+template <bool adapted>
+__device__ void put_result(uint8_t *shared, const few_arguments &args, const division &by, int tile, int item, float sum) {
   int64_t row = int64_t(by.first_tile + tile) * tile_rows + item % tile_rows;
+  if constexpr (adapted) {
+    float2 change = changes_of(shared, args.beside)[tile * args.tokens * tile_rows + item];
+    sum = change.x * sum + change.y;
+  }
+  if (row < args.w.rows) store_result(args.out, item / tile_rows, row, sum);
+}
+
+// The block's sum for an item: the result, or the block's part of it.
+template <bool adapted>
+__device__ void put_sum(uint8_t *shared, const few_arguments &args, const division &by, int tile, int item, float sum) {
   if (args.parts > 1)
     reinterpret_cast<float *>(shared + args.plan.block_sums)[tile * args.tokens * tile_rows + item] = sum;
-  else if (row < args.w.rows)
-    store_result(args.out, item / tile_rows, row, sum);
+  else
+    put_result<adapted>(shared, args, by, tile, item, sum);
 }
 
 // Of tiles that are not a warp's alone it has at most two parts: the end of one that another warp began, and the
@@ -236,6 +246,7 @@ __device__ void for_each_item(int tokens, const float sums[products][4], work do
   }
 }
 
+template <bool adapted>
 __device__ void join_warps(uint8_t *shared, const few_arguments &args, const division &by, float unit) {
   int n = args.tokens * tile_rows, chunks = by.row_chunks;
   for (int i = threadIdx.x; i < by.tiles * n; i += blockDim.x) {
@@ -244,28 +255,28 @@ __device__ void join_warps(uint8_t *shared, const few_arguments &args, const div
     float sum = 0;
     for (int warp = first; warp < last; warp++) sum += part_of(shared, args, warp, tile_beginning)[item];
     sum += part_of(shared, args, last, tile_end)[item];
-    put_sum(shared, args, by, tile, item, sum * unit);
+    put_sum<adapted>(shared, args, by, tile, item, sum * unit);
   }
 }
 
 // The cluster's blocks share the adding of their parts, too.
+template <bool adapted>
 __device__ void join_blocks(uint8_t *shared, const few_arguments &args, const division &by) {
 #if __CUDA_ARCH__ >= 900
   wait_for_writes_of_cluster();
   uint32_t mine = shared_address(shared + args.plan.block_sums);
   int n = args.tokens * tile_rows;
   for (int i = threadIdx.x * args.parts + by.part; i < by.tiles * n; i += blockDim.x * args.parts) {
-    int64_t row = int64_t(by.first_tile + i / n) * tile_rows + i % tile_rows;
     float sum = 0;
     for (int part = 0; part < args.parts; part++) sum += load_of_cluster(mine + i * 4, part);
-    if (row < args.w.rows) store_result(args.out, i % n / tile_rows, row, sum);
+    put_result<adapted>(shared, args, by, i / n, i % n, sum);
   }
   wait_for_writes_of_cluster();  // the others still read what this block has left
 #endif
 }
 
 // A warp's place in its run, and the sums of the tile there.
-template <weight_kind kind, int products>
+template <weight_kind kind, int products, bool adapted>
 struct run_of_warp {
   const few_arguments &args;
   const division &by;
@@ -304,13 +315,17 @@ struct run_of_warp {
   }
   __device__ void end_tile() {
     if (whole)
-      for_each_item<products>(args.tokens, sums,
-                              [&](int item, float sum) { put_sum(shared, args, by, tile, item, sum * unit); });
+      put_tile();
     else
       leave_part(tile_end);
     tile++, chunk = 0, whole = true;
     tokens.block = 0;
     clear();
+  }
+  __device__ void put_tile() {
+    if (adapted && args.parts == 1) changes_ready(shared, args.beside).wait();
+    for_each_item<products>(args.tokens, sums,
+                            [&](int item, float sum) { put_sum<adapted>(shared, args, by, tile, item, sum * unit); });
   }
   __device__ void end_run() {
     if (chunk > 0) leave_part(tile_beginning);
@@ -321,35 +336,62 @@ struct run_of_warp {
   }
 };
 
-template <weight_kind kind, int products>
-__global__ void __maxnreg__(products == 1 ? 72 : 128)
-    product_few(const __grid_constant__ few_arguments args) {
-  extern __shared__ __align__(1024) uint8_t shared[];
+template <weight_kind kind, int products, bool adapted>
+__device__ void multiply_run(const few_arguments &args, uint8_t *shared, const division &by, int warp, float unit) {
   constexpr int chunks_ahead = few_shape<products>::chunks_ahead;
-  division by(args, chunk_blocks<kind>);
-  int warp = threadIdx.x / 32, left = by.first_of(warp + 1) - by.first_of(warp);
+  int left = by.first_of(warp + 1) - by.first_of(warp);
   weight_stream<kind> stream(args, by, warp);
   weight_chunk<kind> weights[chunks_ahead];
 #pragma unroll
   for (int k = 0; k < chunks_ahead; k++, stream.step())
 #pragma unroll
     for (int i = 0; i < chunk_blocks<kind>; i++) stream.fetch(weights[k], i);
-  if constexpr (kind == weight_kind::nf4) fill_pair_table(shared, args.codebook, blockDim.x);
-  float unit = decoder<kind>::scaled ? *args.w.unit : 1.f;
+  if constexpr (kind == weight_kind::nf4) fill_pair_table(shared, args.codebook, args.warps * 32);
   wait_for_kernel_before();
-  let_next_kernel_start();  // not earlier: next_sees_input
+  let_next_kernel_start();
   stage_tokens(shared + args.plan.tokens, args, by.first_chunk * chunk_blocks<kind>, by.row_chunks * chunk_blocks<kind>);
-  __syncthreads();
-  run_of_warp<kind, products> run(args, shared, by, warp, unit);
+  if constexpr (adapted)
+    sync_threads(tokens_barrier, blockDim.x);
+  else
+    __syncthreads();
+  run_of_warp<kind, products, adapted> run(args, shared, by, warp, unit);
   while (left > 0) {
 #pragma unroll
     for (int k = 0; k < chunks_ahead; k++)
       if (left-- > 0) run.multiply(weights[k], stream);
   }
   run.end_run();
+}
+
+// What the warps do that do not multiply.
+__device__ void adapt(const few_arguments &args, uint8_t *shared, const division &by, int warp) {
+  auto run = [&](auto kind) {
+    int columns = int((args.w.cols + block_cols - 1) / block_cols);
+    beside_warps<decltype(kind)::value> work = {args.beside,   args.x,   args.x_stride,         args.tokens, columns,
+                                                by.first_tile, by.tiles, warp, int(threadIdx.x % 32), shared};
+    work.run(int(blockDim.x), args.w.rows);
+  };
+  switch (args.beside.kind) {
+    case weight_kind::nf4: return run(std::integral_constant<weight_kind, weight_kind::nf4>());
+    case weight_kind::int8: return run(std::integral_constant<weight_kind, weight_kind::int8>());
+    default: return run(std::integral_constant<weight_kind, weight_kind::bf16>());
+  }
+}
+
+template <weight_kind kind, int products, bool adapted>
+__global__ void __maxnreg__(few_shape<products>::registers)
+    product_few(const __grid_constant__ few_arguments args) {
+  extern __shared__ __align__(1024) uint8_t shared[];
+  division by(args, chunk_blocks<kind>);
+  int warp = threadIdx.x / 32;
+  float unit = decoder<kind>::scaled ? *args.w.unit : 1.f;
+  if (!adapted || warp < args.warps)
+    multiply_run<kind, products, adapted>(args, shared, by, warp, unit);
+  else
+    adapt(args, shared, by, warp - args.warps);
   __syncthreads();
-  join_warps(shared, args, by, unit);
-  if (args.parts > 1) join_blocks(shared, args, by);
+  join_warps<adapted>(shared, args, by, unit);
+  if (args.parts > 1) join_blocks<adapted>(shared, args, by);
 }
 
 // ---- launching ----
@@ -375,32 +417,47 @@ shared_plan plan_shared(const packed_matrix &w, int tokens, int parts, int group
   return plan;
 }
 
-// As few parts as give enough warps room, as many warps as there is shared memory for.
-few_plan plan_few(const product_context &context, const packed_matrix &w, int tokens) {
+// As few parts as give enough warps room, as many warps as there is shared memory for, beside so many others.
+few_plan plan_few(const product_context &context, const packed_matrix &w, int tokens, const beside_call *beside = nullptr) {
   few_plan plan = {};
   for (int parts = 1; parts <= most_parts && plan.warps < warps_enough; parts++) {
     int groups = groups_of(context, w, parts);
     int warps = tokens <= 8 ? few_shape<1>::warps : few_shape<2>::warps;
+    int most = tokens <= 8 ? few_shape<1>::most_warps : few_shape<2>::most_warps, others = 0;
     if (groups == 0) break;
-    while (warps > 0 && plan_shared(w, tokens, parts, groups, warps).bytes > context.shared_bytes) warps--;
+    if (beside) warps = std::min(warps, most - beside->warps), others = least_beside(*beside, int(ceil_div(w.row_tiles, groups)), tokens);
+    while (warps > 0 && plan_shared(w, tokens, parts, groups, warps).bytes + others > context.shared_bytes) warps--;
     if (warps > plan.warps) plan = {parts, groups, warps, plan_shared(w, tokens, parts, groups, warps)};
   }
   return plan;
 }
 
-template <weight_kind kind, int products>
+template <weight_kind kind, int products, bool adapted>
 cudaError_t launch_products(const product_call &call) {
-  few_plan plan = plan_few(*call.context, call.w, call.tokens);
-  few_arguments args = {call.w,   call.x,     call.x_stride, call.tokens, call.out, call.context->codebook,
-                        plan.parts, plan.shared};
-  return launch_in_clusters(call, unsigned(plan.parts), product_few<kind, products>,
-                            dim3(unsigned(plan.groups * plan.parts)), dim3(plan.warps * 32),
-                            size_t(plan.shared.bytes), args);
+  few_plan plan = plan_few(*call.context, call.w, call.tokens, call.beside);
+  few_arguments args = {call.w,  call.x,     call.x_stride, call.tokens, call.out, call.context->codebook,
+                        plan.parts, plan.warps, plan.shared};
+  int threads = plan.warps * 32, bytes = plan.shared.bytes;
+  if (adapted) args.beside = *call.beside, threads += args.beside.warps * 32, bytes = args.beside.plan.bytes;
+  return launch_in_clusters(call, unsigned(plan.parts), product_few<kind, products, adapted>,
+                            dim3(unsigned(plan.groups * plan.parts)), dim3(unsigned(threads)), size_t(bytes), args);
 }
 
 template <weight_kind kind>
 cudaError_t launch_kind(const product_call &call) {
-  return call.tokens <= 8 ? launch_products<kind, 1>(call) : launch_products<kind, 2>(call);
+  if (call.beside) return call.tokens <= 8 ? launch_products<kind, 1, true>(call) : launch_products<kind, 2, true>(call);
+  return call.tokens <= 8 ? launch_products<kind, 1, false>(call) : launch_products<kind, 2, false>(call);
+}
+
+template <weight_kind kind>
+cudaError_t prepare_kind(const product_context &context) {
+  for (auto kernel : {product_few<kind, 1, false>, product_few<kind, 1, true>, product_few<kind, 2, false>,
+                      product_few<kind, 2, true>}) {
+    cudaError_t status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, context.shared_bytes);
+    if (status != cudaSuccess) return status;
+  }
+  return cudaSuccess;
 }
 
 // How many clusters of two blocks run at once.
@@ -414,7 +471,7 @@ cudaError_t count_pairs(product_context &context) {
   config.dynamicSmemBytes = size_t(context.shared_bytes);
   config.attrs = &cluster;
   config.numAttrs = 1;
-  return cudaOccupancyMaxActiveClusters(&context.pairs, product_few<weight_kind::nf4, 2>, &config);
+  return cudaOccupancyMaxActiveClusters(&context.pairs, product_few<weight_kind::nf4, 2, false>, &config);
 }
 
 }  // namespace
@@ -426,13 +483,19 @@ int few_tokens_at_once(const product_context &context, const packed_matrix &w) {
   return plan_few(context, w, tokens).warps > 0 ? tokens : 0;
 }
 
+bool plan_few_beside(const product_context &context, const packed_matrix &w, int tokens, beside_call &call) {
+  int groups = groups_of(context, w, 1), columns = int(ceil_div(w.cols, block_cols));
+  if (!divide_beside(call, columns, groups)) return false;
+  few_plan plan = plan_few(context, w, tokens, &call);
+  if (plan.warps < warps_enough) return false;
+  int tiles = int(ceil_div(w.row_tiles, plan.groups));
+  plan_room_beside(call, tiles, tokens, columns, plan.shared.bytes, context.shared_bytes);
+  return true;
+}
+
 cudaError_t prepare_few(product_context &context) {
-  void (*kernels[])(few_arguments) = {product_few<weight_kind::nf4, 1>,  product_few<weight_kind::nf4, 2>,
-                                      product_few<weight_kind::int8, 1>, product_few<weight_kind::int8, 2>,
-                                      product_few<weight_kind::bf16, 1>, product_few<weight_kind::bf16, 2>};
-  for (auto kernel : kernels) {
-    cudaError_t status =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, context.shared_bytes);
+  for (auto prepare : {prepare_kind<weight_kind::nf4>, prepare_kind<weight_kind::int8>, prepare_kind<weight_kind::bf16>}) {
+    cudaError_t status = prepare(context);
     if (status != cudaSuccess) return status;
   }
   return context.hopper ? count_pairs(context) : cudaSuccess;

@@ -76,6 +76,7 @@ graph_key key_of_step(const adrt_executable &e) {
 
 void enqueue(adrt_executable &e) {
   const plan &p = e.plan;
+  e.launches_beside = 0;
   for (const rope_table &t : e.rope_tables)
     launch_fill_rope(e.queue(), p.device_positions, p.n_tokens, t.inverse, int(t.values.size()), t.factor, t.cos_sin);
   for (const std::unique_ptr<stage> &s : e.stages) s->launch(e);
