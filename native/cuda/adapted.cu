@@ -80,6 +80,7 @@ bool adapted_members::fit_beside(adrt_executable &e, const packed_matrix &produc
     if (!a.lone || a.maps_input || has_common(e, m) || (dtype >= 0 && a.dtype >= 0 && a.dtype != dtype)) return false;
     dtype = std::max(dtype, a.dtype);
     width = std::max(width, a.width);
+    beside.vectors = beside.vectors || a.vectors;
   }
   beside.kind = panel_kind(dtype), beside.rank_pieces = int(shrink_chunks(width));
   beside.parts = e.beside.as<uint64_t>(), beside.step = e.plan.device_number;

@@ -36,12 +36,11 @@ int least_beside(const beside_call &call, int tiles, int tokens) { return plan_l
 
 void plan_room_beside(beside_call &call, int tiles, int tokens, int columns, int first, int end) {
   beside_plan &plan = call.plan = plan_least(call, tiles, tokens, first);
-  int piece = tile_bytes(call.kind), step = piece / 4, pieces = (columns + call.splits - 1) / call.splits;
-  int room = end - plan.v;
-  plan.v_room = std::min(pieces, room / 2 / piece / call.warps);
+  int piece = tile_bytes(call.kind), pieces = (columns + call.splits - 1) / call.splits, entry = call.entry_bytes();
+  plan.v_room = std::min(pieces, (end - plan.v) / 2 / piece / call.warps);
   plan.u = plan.v + plan.v_room * piece * call.warps;
-  plan.u_room = std::min(tiles * call.n_slots * call.rank_pieces, (end - plan.u) / step);
-  plan.bytes = plan.u + plan.u_room * step;
+  plan.u_room = std::min(tiles * call.n_slots, (end - plan.u) / entry);
+  plan.bytes = plan.u + plan.u_room * entry;
 }
 
 }  // namespace adaptrt

@@ -18,7 +18,8 @@
 
 namespace adaptrt {
 
-// Offsets into shared memory, and how many pieces have room there: those of a warp's first unit of V, those of U.
+// Offsets into shared memory, and for how much there is room of what is fetched ahead: pieces of a warp's first unit of V,
+// and what a slot needs for a tile.
 struct beside_plan {
   int ready, terms, hidden, changes, v, u, bytes, v_room, u_room;
 };
@@ -32,12 +33,19 @@ struct beside_call {
   } members[most_members];
   weight_kind kind;    // of all factors
   int rank_pieces;     // the most pieces of 16 ranks
+  bool vectors;        // some have vectors of the outputs
   uint64_t *parts;     // [slots, slot_tokens, members, rank_pieces, splits, 16]: a sum, and in which launch it was made
   const uint32_t *step;  // the step's number
   uint32_t launch;       // this launch's, in the step
   // filled in by plan_beside
   int splits, warps;
   beside_plan plan;
+
+  // Of what a slot needs for a tile of outputs.
+  __host__ __device__ int entry_bytes() const {
+    int scales = kind == weight_kind::bf16 ? 0 : panel_ranks * int(sizeof(float));
+    return rank_pieces * (tile_bytes(kind) / 4 + scales) + (vectors ? 2 * tile_rows * int(sizeof(float)) : 0);
+  }
 };
 
 // What there is to know of a slot's term at a member; width 0 where there is none.

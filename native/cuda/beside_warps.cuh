@@ -39,6 +39,10 @@ __device__ inline float2 *changes_of(uint8_t *shared, const beside_call &c) {
   return reinterpret_cast<float2 *>(shared + c.plan.changes);
 }
 
+__device__ inline void copy_16(const void *to, const void *from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+
 // ---- a step's operand: 16 ranks by 16 inputs or outputs of a piece, of which a lane has some words ----
 
 template <weight_kind kind>
@@ -66,15 +70,18 @@ struct step_words {
       for (int r = 0; r < 4; r++) a[r] = word[r];
     }
   }
-  static __device__ void copy(uint8_t *to, const uint8_t *from) {
+  static __device__ void copy(const uint8_t *to, const uint8_t *from) {
     if constexpr (bytes == 16)
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+      copy_16(to, from);
     else
       asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from), "n"(bytes) : "memory");
   }
 };
 
 // ---- the work of a block's warps beside the product ----
+//
+// From the arrival of the input on, each of their instructions counts: one warp does hundreds of them one after the other
+// while the product takes as long as some thousands. So what a warp does first is worked out before.
 
 template <weight_kind kind>
 struct beside_warps {
@@ -82,20 +89,22 @@ struct beside_warps {
   const beside_call &c;
   const __nv_bfloat16 *x;
   int64_t x_stride;
-  int tokens, columns;      // columns in blocks of 64
-  int first_tile, tiles;    // the block's
+  int rows, columns, tokens;  // columns in blocks of 64
+  int first_tile, tiles;      // the block's
   int warp, lane;
   uint8_t *shared;
 
   __device__ beside_term *terms() const { return reinterpret_cast<beside_term *>(shared + c.plan.terms); }
   __device__ const beside_term &term_at(int slot, int member) const { return terms()[slot * c.n_members + member]; }
   // [members, slots, slot_tokens, rank_pieces * 16]
-  __device__ float *hidden(int member, int slot, int token) const {
-    int row = (member * c.n_slots + slot) * c.slot_tokens + token;
+  __device__ float *hidden_at(int member, int slot) const {
+    int row = (member * c.n_slots + slot) * c.slot_tokens;
     return reinterpret_cast<float *>(shared + c.plan.hidden) + row * c.rank_pieces * panel_ranks;
   }
-  __device__ uint64_t *parts(int slot, int token, int member, int piece) const {
-    return c.parts + (((slot * c.slot_tokens + token) * c.n_members + member) * c.rank_pieces + piece) * c.splits * panel_ranks;
+  __device__ int part_stride() const { return c.n_members * c.rank_pieces * c.splits * panel_ranks; }  // from token to token
+  __device__ uint64_t *parts_of(int slot, int member, int piece) const {
+    return c.parts + int64_t(slot) * c.slot_tokens * part_stride() +
+           (member * c.rank_pieces + piece) * c.splits * panel_ranks;
   }
   __device__ void sync() const { sync_threads(beside_barrier, c.warps * warp_size); }
 
@@ -107,56 +116,57 @@ struct beside_warps {
 
   // ---- V x ----
 
-  // 16 ranks of a term by a part of the columns.
+  // 16 ranks of a term by a part of the columns, and where the lane finds its part of them.
   struct unit {
-    int slot, member, piece, split, begin, end;
+    int blocks, tokens;  // no tokens: nothing to do
+    const uint8_t *codes;
+    const float *scales;
+    const __nv_bfloat16 *x;
+    uint64_t *to;
   };
   __device__ bool find_unit(int n, unit &u) const {
-    u.split = n % c.splits, n /= c.splits;
-    u.piece = n % c.rank_pieces, n /= c.rank_pieces;
-    u.member = n % c.n_members, u.slot = n / c.n_members;
-    u.begin = columns * u.split / c.splits, u.end = columns * (u.split + 1) / c.splits;
-    return u.slot < c.n_slots;
+    if (n >= c.n_slots * c.n_members * c.rank_pieces * c.splits) return false;
+    int split = n % c.splits, piece = n / c.splits % c.rank_pieces, at = n / c.splits / c.rank_pieces;
+    int member = at % c.n_members, slot = at / c.n_members;
+    const beside_term &t = term_at(slot, member);
+    int begin = columns * split / c.splits, token = min(lane / 4, t.n_tokens - 1);
+    int64_t first = int64_t(piece) * t.v_blocks + begin;
+    u.blocks = columns * (split + 1) / c.splits - begin;
+    u.tokens = piece < t.pieces() ? t.n_tokens : 0;
+    u.codes = t.v + first * piece_bytes;
+    u.scales = t.v_scales + first * panel_ranks + lane / 4;
+    u.x = x + (t.token + token) * x_stride + begin * BLOCK + lane % 4 * 16;
+    u.to = parts_of(slot, member, piece) + split * panel_ranks + lane % 4 * 2 * part_stride() + lane / 4;
+    return true;
   }
-  __device__ const uint8_t *v_of(const unit &u) const {
-    const beside_term &t = term_at(u.slot, u.member);
-    return t.v + (int64_t(u.piece) * t.v_blocks + u.begin) * piece_bytes;
-  }
-  __device__ uint8_t *v_room() const { return shared + c.plan.v + warp * c.plan.v_room * piece_bytes; }
   __device__ int first_unit() const { return blockIdx.x + warp * gridDim.x; }
+  __device__ uint8_t *v_room() const { return shared + c.plan.v + warp * c.plan.v_room * piece_bytes; }
 
-  __device__ void prefetch_v() const {
-    unit u;
-    if (!find_unit(first_unit(), u) || u.piece >= term_at(u.slot, u.member).pieces()) return;
-    const uint8_t *from = v_of(u);
-    int bytes = min(u.end - u.begin, c.plan.v_room) * piece_bytes;
-    for (int i = lane * 16; i < bytes; i += warp_size * 16)
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(v_room() + i)), "l"(from + i) : "memory");
+  __device__ void prefetch_v(const unit &u) const {
+    int bytes = u.tokens ? min(u.blocks, c.plan.v_room) * piece_bytes : 0;
+    for (int i = lane * 16; i < bytes; i += warp_size * 16) copy_16(v_room() + i, u.codes + i);
   }
 
-  // In lane 4g + t: ranks g and g + 8 by tokens 2t and 2t + 1.
-  __device__ void multiply_unit(const unit &u, const beside_term &t, bool fetched, float sums[4]) const {
+  // In lane 4g + t: ranks g and g + 8 by tokens 2t and 2t + 1. `fetched` pieces are in shared memory.
+  __device__ void multiply_unit(const unit &u, int fetched, float sums[4]) const {
     constexpr int together = 2;
-    const uint8_t *v = v_of(u);
-    int at = (t.token + min(lane / 4, t.n_tokens - 1)), n = u.end - u.begin;
-    const __nv_bfloat16 *from = x + at * x_stride + u.begin * BLOCK + lane % 4 * 16;
-    const float *scales = t.v_scales + (int64_t(u.piece) * t.v_blocks + u.begin) * panel_ranks + lane / 4;
+    const uint8_t *ahead = v_room();
 #pragma unroll 1
-    for (int first = 0; first < n; first += together) {
+    for (int first = 0; first < u.blocks; first += together) {
       uint4 values[together][2];
       float by[together][2];
 #pragma unroll
       for (int i = 0; i < together; i++) {
-        int block = min(first + i, n - 1);
+        int block = min(first + i, u.blocks - 1);
         for (int h = 0; h < 2; h++) {
-          values[i][h] = reinterpret_cast<const uint4 *>(from + block * BLOCK)[h];
-          by[i][h] = first + i >= n ? 0.f : kind == weight_kind::bf16 ? 1.f : __ldg(scales + block * panel_ranks + 8 * h);
+          values[i][h] = reinterpret_cast<const uint4 *>(u.x + block * BLOCK)[h];
+          by[i][h] = first + i >= u.blocks ? 0.f : kind == weight_kind::bf16 ? 1.f : __ldg(u.scales + block * panel_ranks + 8 * h);
         }
       }
 #pragma unroll
       for (int i = 0; i < together; i++) {
-        int block = min(first + i, n - 1);
-        const uint8_t *codes = fetched && block < c.plan.v_room ? v_room() + block * piece_bytes : v + int64_t(block) * piece_bytes;
+        int block = min(first + i, u.blocks - 1);
+        const uint8_t *codes = (block < fetched ? ahead : u.codes) + block * piece_bytes;
         float sum[4] = {};
 #pragma unroll
         for (int s = 0; s < 4; s++) {
@@ -173,46 +183,64 @@ struct beside_warps {
   }
 
   // A sum and the launch's number in one store, so that who sees the one sees the other.
-  __device__ void leave(const unit &u, const beside_term &t, const float sums[4], uint32_t launch) const {
+  __device__ void leave(const unit &u, const float sums[4], uint32_t launch) const {
 #pragma unroll
     for (int k = 0; k < 4; k++) {
-      int token = lane % 4 * 2 + k % 2, rank = lane / 4 + k / 2 * 8;
-      if (token >= t.n_tokens) continue;
-      uint64_t *to = parts(u.slot, token, u.member, u.piece) + u.split * panel_ranks + rank;
+      if (lane % 4 * 2 + k % 2 >= u.tokens) continue;
       uint64_t value = uint64_t(launch) << 32 | __float_as_uint(sums[k]);
-      asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(value) : "memory");
+      asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(u.to + k % 2 * part_stride() + k / 2 * 8), "l"(value) : "memory");
     }
   }
 
-  __device__ void shrink(uint32_t launch) const {
-    unit u;
+  // From the warp's first unit on, of which pieces are on their way.
+  __device__ void shrink(unit &u, bool there, uint32_t launch) const {
+    int fetched = c.plan.v_room;
 #pragma unroll 1
-    for (int n = first_unit(); find_unit(n, u); n += gridDim.x * c.warps) {
-      const beside_term &t = term_at(u.slot, u.member);
-      if (u.piece >= t.pieces()) continue;
+    for (int n = first_unit(); there; there = find_unit(n += gridDim.x * c.warps, u), fetched = 0) {
       float sums[4] = {};
-      multiply_unit(u, t, n == first_unit(), sums);
-      leave(u, t, sums, launch);
+      if (!u.tokens) continue;
+      multiply_unit(u, fetched, sums);
+      leave(u, sums, launch);
     }
   }
 
   // ---- h = scale * d * V x ----
 
-  // Two neighbouring ranks of a piece: four groups of lanes take turns at the splits.
+  // A piece of 16 ranks for a token, and where the lane finds two of them.
+  struct sums_to_come {
+    bool wanted;
+    const uint64_t *from;
+    float2 *to, by;
+  };
+  // Of the members that the block has tiles of, number n.
+  __device__ bool find_sums(int n, sums_to_come &s) const {
+    int first = member_of(first_tile), last = member_of(first_tile + tiles - 1), pair = lane % 8;
+    if (n >= (last - first + 1) * c.n_slots * c.slot_tokens * c.rank_pieces) return false;
+    int piece = n % c.rank_pieces, row = n / c.rank_pieces, token = row % c.slot_tokens, at = row / c.slot_tokens;
+    int slot = at % c.n_slots, member = first + at / c.n_slots;
+    const beside_term &t = term_at(slot, member);
+    int rank = piece * panel_ranks + pair * 2;
+    s.wanted = token < t.n_tokens && piece < t.pieces();
+    s.from = parts_of(slot, member, piece) + token * part_stride() + lane / 8 * panel_ranks + pair * 2;
+    s.to = reinterpret_cast<float2 *>(hidden_at(member, slot) + token * c.rank_pieces * panel_ranks + rank);
+    s.by = {t.scale, t.scale};
+    if (s.wanted && t.d) s.by.x *= __ldg(t.d + min(rank, t.width - 1)), s.by.y *= __ldg(t.d + min(rank + 1, t.width - 1));
+    return true;
+  }
+
+  // Two neighbouring ranks: four groups of lanes take turns at the splits.
   __device__ float2 await_sums(const uint64_t *from, uint32_t launch) const {
     constexpr int groups = 4, turns = most_splits_beside / groups;
-    int pair = lane % 8, group = lane / 8;
     uint64_t v[turns][2];
     bool fresh;
     do {
       fresh = true;
 #pragma unroll
       for (int i = 0; i < turns; i++) {
-        int split = group + i * groups;
         v[i][0] = v[i][1] = uint64_t(launch) << 32;
-        if (split < c.splits)
+        if (lane / 8 + i * groups < c.splits)
           asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];"
-                       : "=l"(v[i][0]), "=l"(v[i][1]) : "l"(from + split * panel_ranks + pair * 2) : "memory");
+                       : "=l"(v[i][0]), "=l"(v[i][1]) : "l"(from + i * groups * panel_ranks) : "memory");
       }
 #pragma unroll
       for (int i = 0; i < turns; i++) fresh = fresh && v[i][0] >> 32 == launch && v[i][1] >> 32 == launch;
@@ -228,141 +256,188 @@ struct beside_warps {
     return sum;
   }
 
-  __device__ int member_of(int tile) const {
-    int member = 0;
-    while (member < c.n_members - 1 && tile >= c.members[member].end_tile) member++;
-    return member;
-  }
-
-  // Of the members that the block has tiles of.
-  __device__ void gather(uint32_t launch) const {
-    int first = member_of(first_tile), members = member_of(first_tile + tiles - 1) - first + 1;
-    int all = members * c.n_slots * c.slot_tokens * c.rank_pieces;
+  __device__ void gather(sums_to_come &s, bool there, uint32_t launch) const {
 #pragma unroll 1
-    for (int i = warp; i < all; i += c.warps) {
-      int piece = i % c.rank_pieces, n = i / c.rank_pieces, token = n % c.slot_tokens;
-      n /= c.slot_tokens;
-      int slot = n % c.n_slots, member = first + n / c.n_slots, rank = piece * panel_ranks + lane % 8 * 2;
-      const beside_term &t = term_at(slot, member);
-      if (token >= t.n_tokens || piece >= t.pieces()) continue;
-      float2 by = {t.scale, t.scale};
-      if (t.d) by.x *= t.d[min(rank, t.width - 1)], by.y *= t.d[min(rank + 1, t.width - 1)];
-      float2 sum = await_sums(parts(slot, token, member, piece), launch);
-      if (lane < 8) *reinterpret_cast<float2 *>(hidden(member, slot, token) + rank) = {by.x * sum.x, by.y * sum.y};
+    for (int n = warp; there; there = find_sums(n += c.warps, s)) {
+      if (!s.wanted) continue;
+      float2 sum = await_sums(s.from, launch);
+      if (lane < 8) *s.to = {s.by.x * sum.x, s.by.y * sum.y};
     }
     sync();
   }
 
   // ---- U h ----
 
-  // The lane's words of a tile's 16 outputs by 16 ranks.
-  __device__ const uint8_t *u_of(const beside_term &t, int tile_of_member, int piece) const {
-    int64_t at = int64_t(tile_of_member / 4) * t.pieces() + piece;
-    return t.u + at * piece_bytes + step_words<kind>::place(tile_of_member % 4);
+  __device__ int member_of(int tile) const {
+    int member = 0;
+    while (member < c.n_members - 1 && tile >= c.members[member].end_tile) member++;
+    return member;
   }
-  __device__ int tile_of_member(int tile, int member) const {
-    return first_tile + tile - (member ? c.members[member - 1].end_tile : 0);
+  // The block's tiles of a member are dealt out to the warps: do_tile(tile of the block, tile of the member).
+  template <typename callable>
+  __device__ void for_tiles(int member, const callable &do_tile) const {
+    int start = member ? c.members[member - 1].end_tile : 0, end = min(tiles, c.members[member].end_tile - first_tile);
+#pragma unroll 1
+    for (int tile = max(0, start - first_tile) + warp; tile < end; tile += c.warps) do_tile(tile, first_tile + tile - start);
   }
-  __device__ uint8_t *u_room(int number) const {
-    return shared + c.plan.u + number * step_bytes + lane * step_words<kind>::bytes;
+  template <typename callable>
+  __device__ void for_slots_and_members(const callable &call) const {
+    int first = member_of(first_tile), last = member_of(first_tile + tiles - 1);
+#pragma unroll 1
+    for (int slot = 0; slot < c.n_slots; slot++)
+#pragma unroll 1
+      for (int member = first; member <= last; member++) call(slot, member, term_at(slot, member));
   }
 
-  // do_piece(number among the block's, the term, tile's member, slot, piece) for a tile's.
+  // What a slot needs for a tile, in memory or in an entry of shared memory: the lane's words of each piece, the scales of
+  // its ranks, and vectors of the outputs.
+  struct tile_of_slot {
+    const uint8_t *words;
+    int words_step;
+    const float *scales, *e, *g_out;
+  };
+  __device__ tile_of_slot in_memory(const beside_term &t, int tile_of_member) const {
+    int64_t piece = int64_t(tile_of_member / 4) * t.pieces();
+    int row = tile_of_member * tile_rows;
+    return {t.u + piece * piece_bytes + step_words<kind>::place(tile_of_member % 4), piece_bytes,
+            t.u_scales + piece * panel_ranks, t.e ? t.e + row : nullptr, t.g_out ? t.g_out + row : nullptr};
+  }
+  __device__ tile_of_slot in_shared(const beside_term &t, int entry) const {
+    uint8_t *at = shared + c.plan.u + entry * c.entry_bytes();
+    const float *scales = reinterpret_cast<float *>(at + c.rank_pieces * step_bytes);
+    const float *vectors = scales + (kind == weight_kind::bf16 ? 0 : c.rank_pieces * panel_ranks);
+    return {at + lane * step_words<kind>::bytes, step_bytes, scales, t.e ? vectors : nullptr,
+            t.g_out ? vectors + tile_rows : nullptr};
+  }
+  __device__ tile_of_slot find_tile(const beside_term &t, int slot, int tile, int tile_of_member) const {
+    int entry = tile * c.n_slots + slot;
+    return entry < c.plan.u_room ? in_shared(t, entry) : in_memory(t, tile_of_member);
+  }
+
+  __device__ void prefetch_tile(const beside_term &t, const tile_of_slot &to, const tile_of_slot &from, int rows_left) const {
+    int n = t.pieces();
+#pragma unroll 1
+    for (int i = 0; i < n; i++) step_words<kind>::copy(to.words + i * step_bytes, from.words + i * piece_bytes);
+    if constexpr (kind != weight_kind::bf16)
+      for (int i = lane * 4; i < n * panel_ranks; i += warp_size * 4) copy_16(to.scales + i, from.scales + i);
+    if (lane >= tile_rows / 4 || lane * 4 >= rows_left) return;
+    if (from.e) copy_16(to.e + lane * 4, from.e + lane * 4);
+    if (from.g_out) copy_16(to.g_out + lane * 4, from.g_out + lane * 4);
+  }
+  // And changes that change nothing.
   __device__ void prefetch_u() const {
-#pragma unroll 1
-    for (int tile = warp; tile < tiles; tile += c.warps) {
-      int member = member_of(first_tile + tile), number = tile * c.n_slots * c.rank_pieces;
-#pragma unroll 1
-      for (int slot = 0; slot < c.n_slots; slot++) {
-        const beside_term &t = term_at(slot, member);
-        for (int piece = 0; piece < t.pieces() && number + slot * c.rank_pieces + piece < c.plan.u_room; piece++)
-          step_words<kind>::copy(u_room(number + slot * c.rank_pieces + piece), u_of(t, tile_of_member(tile, member), piece));
-      }
-    }
+    for_slots_and_members([&](int slot, int member, const beside_term &t) {
+      for_tiles(member, [&](int tile, int of_member) {
+        int entry = tile * c.n_slots + slot;
+        if (entry < c.plan.u_room)
+          prefetch_tile(t, in_shared(t, entry), in_memory(t, of_member), rows - (first_tile + tile) * tile_rows);
+      });
+    });
+    float2 *changes = changes_of(shared, c);
+    for (int i = warp * warp_size + lane; i < tiles * tokens * tile_rows; i += c.warps * warp_size) changes[i] = {1, 0};
   }
 
   // Column g of the second operand: the values of 16 ranks for token g, as an upper and a lower half whose sum is exact
-  // enough; zeros where the term is not that token's.
-  __device__ void columns_of(const float *values, const float *scales, uint32_t upper[2], uint32_t lower[2]) const {
+  // enough; zeros where there are none.
+  struct operand_columns {
+    uint32_t upper[2], lower[2];
+    __device__ void load(const float *values, const float *scales, int lane) {
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        int rank = lane % 4 * 2 + i * 8;
+        float2 h = values ? *reinterpret_cast<const float2 *>(values + rank) : float2{0, 0};
+        if constexpr (kind != weight_kind::bf16) {
+          float2 by = *reinterpret_cast<const float2 *>(scales + rank);
+          h.x *= by.x, h.y *= by.y;
+        }
+        __nv_bfloat162 high = __floats2bfloat162_rn(h.x, h.y);
+        float2 whole = __bfloat1622float2(high);
+        __nv_bfloat162 rest = __floats2bfloat162_rn(h.x - whole.x, h.y - whole.y);
+        upper[i] = *reinterpret_cast<uint32_t *>(&high), lower[i] = *reinterpret_cast<uint32_t *>(&rest);
+      }
+    }
+  };
+
+  // A piece's sums, in lane 4g + t of outputs 2g and 2g + 1 by tokens 2t and 2t + 1, on top of what changes there already:
+  // y = gain * y + delta. `token`: the lane's first, and how many it has of the slot's.
+  struct lane_tokens {
+    int first;
+    bool there[2];
+  };
+  __device__ void add_sums(int tile, const lane_tokens &at, const float sums[4], const tile_of_slot &of, bool last,
+                           int rows_left) const {
+    int row = lane / 4 * 2;
+    float e[2] = {1, 1}, g[2] = {1, 1};
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      int rank = lane % 4 * 2 + i * 8;
-      float2 h = values ? *reinterpret_cast<const float2 *>(values + rank) : float2{0, 0};
-      if constexpr (kind != weight_kind::bf16) {
-        float2 by = __ldg(reinterpret_cast<const float2 *>(scales + rank));
-        h.x *= by.x, h.y *= by.y;
-      }
-      __nv_bfloat162 high = __floats2bfloat162_rn(h.x, h.y);
-      float2 whole = __bfloat1622float2(high);
-      __nv_bfloat162 rest = __floats2bfloat162_rn(h.x - whole.x, h.y - whole.y);
-      upper[i] = *reinterpret_cast<uint32_t *>(&high), lower[i] = *reinterpret_cast<uint32_t *>(&rest);
+      int out = min(row + i, rows_left - 1);
+      if (of.e) e[i] = of.e[out];
+      if (of.g_out && last) g[i] = of.g_out[out];
+    }
+    float4 *changes = reinterpret_cast<float4 *>(changes_of(shared, c) + (tile * tokens + at.first) * tile_rows + row);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      if (!at.there[i]) continue;
+      float4 &change = changes[i * tile_rows / 2], now = change;
+      change = {g[0] * now.x, g[0] * (now.y + e[0] * sums[i]), g[1] * now.z, g[1] * (now.w + e[1] * sums[2 + i])};
     }
   }
 
-  // A slot's term, for eight tokens: in lane 4g + t outputs 2g and 2g + 1 by tokens 2t and 2t + 1.
-  __device__ void expand_slot(int tile, int member, int slot, int first_token, float sums[4]) const {
-    const beside_term &t = term_at(slot, member);
-    int token = first_token + lane / 4 - t.token, in_member = tile_of_member(tile, member);
-    bool there = token >= 0 && token < t.n_tokens;
-#pragma unroll 1
-    for (int piece = 0; piece < t.pieces(); piece++) {
-      int number = (tile * c.n_slots + slot) * c.rank_pieces + piece;
-      step_words<kind> words;
-      words.load(number < c.plan.u_room ? u_room(number) : u_of(t, in_member, piece));
-      uint32_t a[4], upper[2], lower[2];
-      words.operand(a);
-      columns_of(there ? hidden(member, slot, token) + piece * panel_ranks : nullptr,
-                 t.u_scales + (int64_t(in_member / 4) * t.pieces() + piece) * panel_ranks, upper, lower);
-      multiply_add(sums, a, upper[0], upper[1]);
-      multiply_add(sums, a, lower[0], lower[1]);
-    }
-  }
-
-  // y = gain * y + delta, an adapter of the stack after the other.
-  __device__ void expand_tile(int tile, int first_token, int64_t rows) const {
-    int member = member_of(first_tile + tile), in_member = tile_of_member(tile, member);
-    float gain[4] = {1, 1, 1, 1}, delta[4] = {};
-#pragma unroll 1
-    for (int slot = 0; slot < c.n_slots; slot++) {
-      const beside_term &t = term_at(slot, member);
-      if (t.token + t.n_tokens <= first_token || t.token >= first_token + 8) continue;
+  // A piece of 16 ranks, for eight tokens. A term without ranks has one of zeros.
+  __device__ void expand_piece(const beside_term &t, int slot, int member, int piece, int first_token) const {
+    int column = first_token + lane / 4 - t.token, first = first_token + lane % 4 * 2, n = t.pieces();
+    lane_tokens at = {first, {unsigned(first - t.token) < unsigned(t.n_tokens), unsigned(first + 1 - t.token) < unsigned(t.n_tokens)}};
+    bool there = n && unsigned(column) < unsigned(t.n_tokens);
+    const float *values = there ? hidden_at(member, slot) + (column * c.rank_pieces + piece) * panel_ranks : nullptr;
+    operand_columns b;
+    if constexpr (kind == weight_kind::bf16) b.load(values, nullptr, lane);
+    for_tiles(member, [&](int tile, int of_member) {
+      tile_of_slot of = find_tile(t, slot, tile, of_member);
       float sums[4] = {};
-      expand_slot(tile, member, slot, first_token, sums);
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        int token = first_token + lane % 4 * 2 + i % 2 - t.token, row = in_member * tile_rows + lane / 4 * 2 + i / 2;
-        bool there = token >= 0 && token < t.n_tokens && first_tile * int64_t(tile_rows) + tile * tile_rows + lane / 4 * 2 + i / 2 < rows;
-        float e = there && t.e ? __ldg(t.e + row) : 1.f, g = there && t.g_out ? __ldg(t.g_out + row) : 1.f;
-        delta[i] = g * (delta[i] + e * sums[i]), gain[i] *= g;
+      if (n) {
+        step_words<kind> words;
+        uint32_t a[4];
+        words.load(of.words + piece * of.words_step);
+        words.operand(a);
+        if constexpr (kind != weight_kind::bf16) b.load(values, of.scales + piece * panel_ranks, lane);
+        multiply_add(sums, a, b.upper[0], b.upper[1]);
+        multiply_add(sums, a, b.lower[0], b.lower[1]);
       }
-    }
-    float2 *changes = changes_of(shared, c) + tile * tokens * tile_rows;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      int token = first_token + lane % 4 * 2 + i;
-      if (token < tokens)
-        *reinterpret_cast<float4 *>(changes + token * tile_rows + lane / 4 * 2) = {gain[i], delta[i], gain[i + 2], delta[i + 2]};
-    }
+      add_sums(tile, at, sums, of, piece >= n - 1, rows - (first_tile + tile) * tile_rows);
+    });
+  }
+
+  // The adapters of a stack one after the other.
+  __device__ void expand() const {
+    for_slots_and_members([&](int slot, int member, const beside_term &t) {
+      int n = max(1, t.pieces());
+#pragma unroll 1
+      for (int first_token = t.token / 8 * 8; first_token < t.token + t.n_tokens; first_token += 8)
+#pragma unroll 1
+        for (int piece = 0; piece < n; piece++) expand_piece(t, slot, member, piece, first_token);
+    });
   }
 
   // `all_threads`: of the block; the product's warps wait for them once before they multiply.
-  __device__ void run(int all_threads, int64_t rows) const {
+  __device__ void run(int all_threads) const {
     changes_ready ready(shared, c);
     if (warp == 0 && lane == 0) ready.init(c.warps);
     arrive_threads(tokens_barrier, all_threads);
     uint32_t launch = *c.step * most_launches_beside + c.launch;
     find_terms();
-    prefetch_v();
+    unit first;
+    sums_to_come sums;
+    bool shrinks = find_unit(first_unit(), first);
+    if (shrinks) prefetch_v(first);
     prefetch_u();
     commit_copies();
+    bool gathers = find_sums(warp, sums);
+    wait_for_kernel_before();
     wait_for_copies<0>();
     __syncwarp();
-    wait_for_kernel_before();
-    shrink(launch);
-    gather(launch);
-#pragma unroll 1
-    for (int tile = warp; tile < tiles; tile += c.warps)
-      for (int first_token = 0; first_token < tokens; first_token += 8) expand_tile(tile, first_token, rows);
+    shrink(first, shrinks, launch);
+    gather(sums, gathers, launch);
+    expand();
     __syncwarp();
     if (lane == 0) ready.arrive();
   }

@@ -81,6 +81,7 @@ struct host_attachment {
   // Whether it is one low-rank term with a U, and at most a gain, all factors of the same dtype here.
   bool lone = false;
   int32_t dtype = 0;
+  bool vectors = false;  // of outputs: e or g_out
 };
 
 struct adapter {

@@ -367,9 +367,10 @@ __device__ void multiply_run(const few_arguments &args, uint8_t *shared, const d
 __device__ void adapt(const few_arguments &args, uint8_t *shared, const division &by, int warp) {
   auto run = [&](auto kind) {
     int columns = int((args.w.cols + block_cols - 1) / block_cols);
-    beside_warps<decltype(kind)::value> work = {args.beside,   args.x,   args.x_stride,         args.tokens, columns,
-                                                by.first_tile, by.tiles, warp, int(threadIdx.x % 32), shared};
-    work.run(int(blockDim.x), args.w.rows);
+    beside_warps<decltype(kind)::value> work = {
+        args.beside, args.x,        args.x_stride, int(args.w.rows), columns,
+        args.tokens, by.first_tile, by.tiles,      warp,             int(threadIdx.x % 32), shared};
+    work.run(int(blockDim.x));
   };
   switch (args.beside.kind) {
     case weight_kind::nf4: return run(std::integral_constant<weight_kind, weight_kind::nf4>());

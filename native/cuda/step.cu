@@ -23,7 +23,7 @@ uint64_t hash_of(const std::vector<host_attachment> &all) {
   uint64_t hash = 0xcbf29ce484222325u;
   for (const host_attachment &a : all)
     for (int64_t v : {int64_t(a.acts), int64_t(a.maps_input), a.width, a.more_terms, int64_t(a.alone), int64_t(a.lone),
-                      int64_t(a.dtype), a.v ? a.v->number : 0, a.u ? a.u->number : 0})
+                      int64_t(a.dtype), int64_t(a.vectors), a.v ? a.v->number : 0, a.u ? a.u->number : 0})
       hash = (hash ^ uint64_t(v)) * 0x100000001b3u;
   return hash;
 }
@@ -38,6 +38,7 @@ void join(host_attachment &all, const host_attachment &one) {
   all.lone = (first || all.lone) && one.lone && one_dtype;
   all.dtype = first || all.dtype < 0 ? one.dtype : all.dtype;
   all.acts = true;
+  all.vectors = all.vectors || one.vectors;
   all.maps_input = all.maps_input || one.maps_input;
   all.width = std::max(all.width, one.width);
   all.more_terms = std::max(all.more_terms, one.more_terms);
