@@ -69,7 +69,7 @@ adapter_call adapted_members::describe(const adrt_executable &e) const {
 bool adapted_members::fit_beside(adrt_executable &e, const packed_matrix &product, beside_call &beside) const {
   const segment_plan &s = segments(e);
   if (!chunks(e) || e.launches_beside >= most_launches_beside) return false;
-  beside = {s.device_shrink_tiles, int(s.shrink_tiles.size()), s.single ? 1 : std::min(shrink_tokens, tokens(e))};
+  beside = {e.beside_terms.as<beside_term>() + (head_ ? e.first_logit_term() : 0), int(s.shrink_tiles.size()), s.single ? 1 : std::min(shrink_tokens, tokens(e))};
   int32_t dtype = -1;
   int64_t width = 0, tile = 0;
   for (const product_member &m : members_) {

@@ -6,19 +6,32 @@
 namespace adaptrt {
 namespace {
 
-constexpr int most_warps = 4, pieces_of_warp = 2, most_pieces_of_warp = 16;  // pieces of V
+constexpr int most_v_warps = 4, pieces_of_v_warp = 3, most_pieces_of_v_warp = 16;  // pieces of V
 
 int align_16(int bytes) { return (bytes + 15) / 16 * 16; }
 
+__global__ void find_terms(const token_tile *slots, int n_slots, int n_targets, beside_term *terms) {
+  wait_for_before();
+  int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < n_targets * n_slots) terms[i].find(slots[i % n_slots], i / n_slots);
+}
+
 }  // namespace
+
+void launch_find_terms(const queue &q, const token_tile *slots, int n_slots, int n_targets, beside_term *terms) {
+  constexpr int threads = 32;
+  launch(q, find_terms, dim3(blocks_of(n_targets * n_slots, threads)), threads, 0, slots, n_slots, n_targets, terms);
+}
 
 bool divide_beside(beside_call &call, int columns, int blocks) {
   int panels = call.n_slots * call.n_members * call.rank_pieces;
   int pieces = (panels * columns + blocks - 1) / blocks;  // for a block of threads
-  call.warps = std::min(most_warps, (pieces + pieces_of_warp - 1) / pieces_of_warp);
-  call.splits = std::max(1, std::min({most_splits_beside, columns, blocks * call.warps / panels}));
-  size_t bytes = size_t(panels) * size_t(call.slot_tokens * call.splits * panel_ranks) * sizeof(uint64_t);
-  return pieces <= most_pieces_of_warp * call.warps && bytes <= beside_bytes;
+  call.v_warps = std::min(most_v_warps, (pieces + pieces_of_v_warp - 1) / pieces_of_v_warp);
+  call.u_warps = panels > most_members ? 2 : 1;
+  int useful = std::min({most_splits_beside, columns, blocks * call.v_warps / panels});
+  for (call.log_splits = 0; 2 << call.log_splits <= useful;) call.log_splits++;
+  size_t bytes = size_t(panels) * size_t(call.slot_tokens * call.splits() * panel_ranks) * sizeof(uint64_t);
+  return pieces <= most_pieces_of_v_warp * call.v_warps && bytes <= beside_bytes;
 }
 
 static beside_plan plan_least(const beside_call &call, int tiles, int tokens, int first) {
@@ -36,9 +49,9 @@ int least_beside(const beside_call &call, int tiles, int tokens) { return plan_l
 
 void plan_room_beside(beside_call &call, int tiles, int tokens, int columns, int first, int end) {
   beside_plan &plan = call.plan = plan_least(call, tiles, tokens, first);
-  int piece = tile_bytes(call.kind), pieces = (columns + call.splits - 1) / call.splits, entry = call.entry_bytes();
-  plan.v_room = std::min(pieces, (end - plan.v) / 2 / piece / call.warps);
-  plan.u = plan.v + plan.v_room * piece * call.warps;
+  int piece = tile_bytes(call.kind), pieces = (columns + call.splits() - 1) / call.splits(), entry = call.entry_bytes();
+  plan.v_room = std::min(pieces, (end - plan.v) / 2 / piece / call.v_warps);
+  plan.u = plan.v + plan.v_room * piece * call.v_warps;
   plan.u_room = std::min(tiles * call.n_slots, (end - plan.u) / entry);
   plan.bytes = plan.u + plan.u_room * entry;
 }

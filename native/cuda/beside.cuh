@@ -24,32 +24,9 @@ struct beside_plan {
   int ready, terms, hidden, changes, v, u, bytes, v_room, u_room;
 };
 
-struct beside_call {
-  const token_tile *slots;  // of shrink_tokens, each with one application; those of a token in the order of its stack
-  int n_slots, slot_tokens;  // the most tokens of a slot
-  int n_members;
-  struct {
-    int32_t target, end_tile;  // of the product's tiles
-  } members[most_members];
-  weight_kind kind;    // of all factors
-  int rank_pieces;     // the most pieces of 16 ranks
-  bool vectors;        // some have vectors of the outputs
-  uint64_t *parts;     // [slots, slot_tokens, members, rank_pieces, splits, 16]: a sum, and in which launch it was made
-  const uint32_t *step;  // the step's number
-  uint32_t launch;       // this launch's, in the step
-  // filled in by plan_beside
-  int splits, warps;
-  beside_plan plan;
-
-  // Of what a slot needs for a tile of outputs.
-  __host__ __device__ int entry_bytes() const {
-    int scales = kind == weight_kind::bf16 ? 0 : panel_ranks * int(sizeof(float));
-    return rank_pieces * (tile_bytes(kind) / 4 + scales) + (vectors ? 2 * tile_rows * int(sizeof(float)) : 0);
-  }
-};
-
-// What there is to know of a slot's term at a member; width 0 where there is none.
-struct beside_term {
+// A slot is up to shrink_tokens tokens with one adapter; those of a stack come one after the other, in its order. What
+// there is to know of a slot's term at an attach point; width 0 where there is none.
+struct alignas(16) beside_term {
   const uint8_t *v, *u;
   const float *v_scales, *u_scales, *d, *e, *g_out;
   float scale;
@@ -67,9 +44,38 @@ struct beside_term {
   __device__ int pieces() const { return (width + panel_ranks - 1) / panel_ranks; }
 };
 
+struct beside_call {
+  const beside_term *terms;  // [targets, slots]
+  int n_slots, slot_tokens;  // the most tokens of a slot
+  int n_members;
+  struct {
+    int32_t target, end_tile;  // of the product's tiles
+  } members[most_members];
+  weight_kind kind;    // of all factors
+  int rank_pieces;     // the most pieces of 16 ranks
+  bool vectors;        // some have vectors of the outputs
+  uint64_t *parts;     // [slots, slot_tokens, members, rank_pieces, splits, 16]: a sum, and in which launch it was made
+  const uint32_t *step;  // the step's number
+  uint32_t launch;       // this launch's, in the step
+  // filled in by plan_beside
+  int log_splits, v_warps, u_warps;
+  beside_plan plan;
+
+  __host__ __device__ int splits() const { return 1 << log_splits; }
+
+  // Of what a slot needs for a tile of outputs.
+  __host__ __device__ int entry_bytes() const {
+    int scales = kind == weight_kind::bf16 ? 0 : panel_ranks * int(sizeof(float));
+    return rank_pieces * (tile_bytes(kind) / 4 + scales) + (vectors ? 2 * tile_rows * int(sizeof(float)) : 0);
+  }
+};
+
 constexpr int most_splits_beside = 32;  // of the columns
 constexpr uint32_t most_launches_beside = 1 << 12;  // in a step
 constexpr size_t beside_bytes = size_t(1) << 20;  // of `parts`
+
+// terms: [targets, slots], once a step
+void launch_find_terms(const queue &q, const token_tile *slots, int n_slots, int n_targets, beside_term *terms);
 
 // Fills in how the work is divided for a product; false when it is too much, or the product is another kernel's.
 bool plan_beside(const product_context *context, const packed_matrix &w, int tokens, beside_call &call);

@@ -21,7 +21,9 @@ constexpr int tokens_barrier = 1, beside_barrier = 2;
 struct changes_ready {
   uint32_t at;
   __device__ changes_ready(uint8_t *shared, const beside_call &c) : at(shared_address(shared + c.plan.ready)) {}
-  __device__ void init(int warps) const { asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(at), "r"(warps) : "memory"); }
+  __device__ void init(int warps) const {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(at), "r"(warps) : "memory");
+  }
   __device__ void arrive() const {
     asm volatile("{.reg .b64 state; mbarrier.arrive.shared.b64 state, [%0];}" ::"r"(at) : "memory");
   }
@@ -80,8 +82,9 @@ struct step_words {
 
 // ---- the work of a block's warps beside the product ----
 //
-// From the arrival of the input on, each of their instructions counts: one warp does hundreds of them one after the other
-// while the product takes as long as some thousands. So what a warp does first is worked out before.
+// A warp does one instruction after the other and most of them once: each costs about ten cycles, most of it for fetching
+// it, while the shortest products take some thousands. So the warps have two parts that run side by side, V x and U h;
+// what can be done before the input is there is; and there are no divisions.
 
 template <weight_kind kind>
 struct beside_warps {
@@ -91,27 +94,12 @@ struct beside_warps {
   int64_t x_stride;
   int rows, columns, tokens;  // columns in blocks of 64
   int first_tile, tiles;      // the block's
-  int warp, lane;
+  int warp, lane;             // of those with the same part
   uint8_t *shared;
 
-  __device__ beside_term *terms() const { return reinterpret_cast<beside_term *>(shared + c.plan.terms); }
-  __device__ const beside_term &term_at(int slot, int member) const { return terms()[slot * c.n_members + member]; }
-  // [members, slots, slot_tokens, rank_pieces * 16]
-  __device__ float *hidden_at(int member, int slot) const {
-    int row = (member * c.n_slots + slot) * c.slot_tokens;
-    return reinterpret_cast<float *>(shared + c.plan.hidden) + row * c.rank_pieces * panel_ranks;
-  }
-  __device__ int part_stride() const { return c.n_members * c.rank_pieces * c.splits * panel_ranks; }  // from token to token
+  __device__ int part_stride() const { return c.n_members * c.rank_pieces * c.splits() * panel_ranks; }  // from token to token
   __device__ uint64_t *parts_of(int slot, int member, int piece) const {
-    return c.parts + int64_t(slot) * c.slot_tokens * part_stride() +
-           (member * c.rank_pieces + piece) * c.splits * panel_ranks;
-  }
-  __device__ void sync() const { sync_threads(beside_barrier, c.warps * warp_size); }
-
-  __device__ void find_terms() const {
-    for (int i = warp * warp_size + lane; i < c.n_slots * c.n_members; i += c.warps * warp_size)
-      terms()[i].find(c.slots[i / c.n_members], c.members[i % c.n_members].target);
-    sync();
+    return c.parts + slot * c.slot_tokens * part_stride() + (member * c.rank_pieces + piece) * c.splits() * panel_ranks;
   }
 
   // ---- V x ----
@@ -125,15 +113,15 @@ struct beside_warps {
     uint64_t *to;
   };
   __device__ bool find_unit(int n, unit &u) const {
-    if (n >= c.n_slots * c.n_members * c.rank_pieces * c.splits) return false;
-    int split = n % c.splits, piece = n / c.splits % c.rank_pieces, at = n / c.splits / c.rank_pieces;
-    int member = at % c.n_members, slot = at / c.n_members;
-    const beside_term &t = term_at(slot, member);
-    int begin = columns * split / c.splits, token = min(lane / 4, t.n_tokens - 1);
-    int64_t first = int64_t(piece) * t.v_blocks + begin;
-    u.blocks = columns * (split + 1) / c.splits - begin;
+    int split = n & (c.splits() - 1), piece = n >> c.log_splits, slot = 0, member = 0;
+    for (; piece >= c.n_members * c.rank_pieces; slot++) piece -= c.n_members * c.rank_pieces;
+    for (; piece >= c.rank_pieces; member++) piece -= c.rank_pieces;
+    if (slot >= c.n_slots) return false;
+    const beside_term &t = c.terms[c.members[member].target * c.n_slots + slot];
+    int begin = columns * split >> c.log_splits, token = min(lane / 4, t.n_tokens - 1), first = piece * t.v_blocks + begin;
+    u.blocks = (columns * (split + 1) >> c.log_splits) - begin;
     u.tokens = piece < t.pieces() ? t.n_tokens : 0;
-    u.codes = t.v + first * piece_bytes;
+    u.codes = t.v + int64_t(first) * piece_bytes;
     u.scales = t.v_scales + first * panel_ranks + lane / 4;
     u.x = x + (t.token + token) * x_stride + begin * BLOCK + lane % 4 * 16;
     u.to = parts_of(slot, member, piece) + split * panel_ranks + lane % 4 * 2 * part_stride() + lane / 4;
@@ -144,6 +132,7 @@ struct beside_warps {
 
   __device__ void prefetch_v(const unit &u) const {
     int bytes = u.tokens ? min(u.blocks, c.plan.v_room) * piece_bytes : 0;
+#pragma unroll 1
     for (int i = lane * 16; i < bytes; i += warp_size * 16) copy_16(v_room() + i, u.codes + i);
   }
 
@@ -196,7 +185,7 @@ struct beside_warps {
   __device__ void shrink(unit &u, bool there, uint32_t launch) const {
     int fetched = c.plan.v_room;
 #pragma unroll 1
-    for (int n = first_unit(); there; there = find_unit(n += gridDim.x * c.warps, u), fetched = 0) {
+    for (int n = first_unit(); there; there = find_unit(n += gridDim.x * c.v_warps, u), fetched = 0) {
       float sums[4] = {};
       if (!u.tokens) continue;
       multiply_unit(u, fetched, sums);
@@ -204,50 +193,75 @@ struct beside_warps {
     }
   }
 
-  // ---- h = scale * d * V x ----
+  // ---- the block's tiles, by member ----
 
-  // A piece of 16 ranks for a token, and where the lane finds two of them.
-  struct sums_to_come {
-    bool wanted;
-    const uint64_t *from;
-    float2 *to, by;
-  };
-  // Of the members that the block has tiles of, number n.
-  __device__ bool find_sums(int n, sums_to_come &s) const {
-    int first = member_of(first_tile), last = member_of(first_tile + tiles - 1), pair = lane % 8;
-    if (n >= (last - first + 1) * c.n_slots * c.slot_tokens * c.rank_pieces) return false;
-    int piece = n % c.rank_pieces, row = n / c.rank_pieces, token = row % c.slot_tokens, at = row / c.slot_tokens;
-    int slot = at % c.n_slots, member = first + at / c.n_slots;
-    const beside_term &t = term_at(slot, member);
-    int rank = piece * panel_ranks + pair * 2;
-    s.wanted = token < t.n_tokens && piece < t.pieces();
-    s.from = parts_of(slot, member, piece) + token * part_stride() + lane / 8 * panel_ranks + pair * 2;
-    s.to = reinterpret_cast<float2 *>(hidden_at(member, slot) + token * c.rank_pieces * panel_ranks + rank);
-    s.by = {t.scale, t.scale};
-    if (s.wanted && t.d) s.by.x *= __ldg(t.d + min(rank, t.width - 1)), s.by.y *= __ldg(t.d + min(rank + 1, t.width - 1));
-    return true;
+  // [members, slots]
+  __device__ beside_term *terms() const { return reinterpret_cast<beside_term *>(shared + c.plan.terms); }
+  // [members, slots, slot_tokens, rank_pieces * 16]
+  __device__ float *hidden_at(int member, int slot) const {
+    int row = (member * c.n_slots + slot) * c.slot_tokens;
+    return reinterpret_cast<float *>(shared + c.plan.hidden) + row * c.rank_pieces * panel_ranks;
+  }
+  __device__ void sync() const { sync_threads(beside_barrier, c.u_warps * warp_size); }
+
+  __device__ int start_of(int member) const { return member ? c.members[member - 1].end_tile : 0; }
+  __device__ bool has_tiles(int member) const {
+    return start_of(member) < first_tile + tiles && c.members[member].end_tile > first_tile;
+  }
+  // The block's tiles of a member are dealt out to the warps: do_tile(tile of the block, tile of the member).
+  template <typename callable>
+  __device__ void for_tiles(int member, const callable &do_tile) const {
+    int start = start_of(member), end = min(tiles, c.members[member].end_tile - first_tile);
+#pragma unroll 1
+    for (int tile = max(0, start - first_tile) + warp; tile < end; tile += c.u_warps) do_tile(tile, first_tile + tile - start);
+  }
+  // call(slot, member, term) for members that the block has tiles of, slots in their order.
+  template <typename callable>
+  __device__ void for_terms(const callable &call) const {
+#pragma unroll 1
+    for (int member = 0; member < c.n_members; member++)
+#pragma unroll 1
+      for (int slot = 0; slot < c.n_slots && has_tiles(member); slot++) call(slot, member, terms()[member * c.n_slots + slot]);
   }
 
-  // Two neighbouring ranks: four groups of lanes take turns at the splits.
-  __device__ float2 await_sums(const uint64_t *from, uint32_t launch) const {
+  __device__ void fetch_terms() const {
+    constexpr int vectors = sizeof(beside_term) / 16;
+#pragma unroll 1
+    for (int member = 0; member < c.n_members && warp == 0; member++) {
+      const uint4 *from = reinterpret_cast<const uint4 *>(c.terms + c.members[member].target * c.n_slots);
+      uint4 *to = reinterpret_cast<uint4 *>(terms() + member * c.n_slots);
+#pragma unroll 1
+      for (int i = lane; i < c.n_slots * vectors; i += warp_size) copy_16(to + i, from + i);
+    }
+    commit_copies();
+    wait_for_copies<0>();
+    sync();
+  }
+
+  // ---- h = scale * d * V x ----
+
+  // Two neighbouring ranks of a piece: four groups of lanes take turns at the splits.
+  __device__ float2 await_sums(const uint64_t *of_piece, uint32_t launch) const {
     constexpr int groups = 4, turns = most_splits_beside / groups;
+    int group = lane / 8, last = c.splits() - 1;
+    const uint64_t *from = of_piece + lane % 8 * 2;
     uint64_t v[turns][2];
-    bool fresh;
+    uint32_t stale;
     do {
-      fresh = true;
 #pragma unroll
-      for (int i = 0; i < turns; i++) {
-        v[i][0] = v[i][1] = uint64_t(launch) << 32;
-        if (lane / 8 + i * groups < c.splits)
-          asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];"
-                       : "=l"(v[i][0]), "=l"(v[i][1]) : "l"(from + i * groups * panel_ranks) : "memory");
-      }
+      for (int i = 0; i < turns; i++)
+        asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];"
+                     : "=l"(v[i][0]), "=l"(v[i][1]) : "l"(from + min(group + i * groups, last) * panel_ranks) : "memory");
+      stale = 0;
 #pragma unroll
-      for (int i = 0; i < turns; i++) fresh = fresh && v[i][0] >> 32 == launch && v[i][1] >> 32 == launch;
-    } while (!fresh);
+      for (int i = 0; i < 2 * turns; i++) stale |= uint32_t(v[i / 2][i % 2] >> 32) ^ launch;
+    } while (stale);
     float2 sum = {0, 0};
 #pragma unroll
-    for (int i = 0; i < turns; i++) sum.x += __uint_as_float(uint32_t(v[i][0])), sum.y += __uint_as_float(uint32_t(v[i][1]));
+    for (int i = 0; i < turns; i++) {
+      bool there = group + i * groups <= last;
+      sum.x += there ? __uint_as_float(uint32_t(v[i][0])) : 0.f, sum.y += there ? __uint_as_float(uint32_t(v[i][1])) : 0.f;
+    }
 #pragma unroll
     for (int step = 8; step < warp_size; step *= 2) {
       sum.x += __shfl_xor_sync(all_lanes, sum.x, step);
@@ -256,38 +270,29 @@ struct beside_warps {
     return sum;
   }
 
-  __device__ void gather(sums_to_come &s, bool there, uint32_t launch) const {
+  // All pieces of all tokens are dealt out to the warps.
+  __device__ void gather(uint32_t launch) const {
+    int turn = c.u_warps - warp;
+    for_terms([&](int slot, int member, const beside_term &t) {
+      int n = t.pieces(), pair = lane % 8 * 2;
+      const uint64_t *from = parts_of(slot, member, 0);
+      float *to = hidden_at(member, slot) + pair;
 #pragma unroll 1
-    for (int n = warp; there; there = find_sums(n += c.warps, s)) {
-      if (!s.wanted) continue;
-      float2 sum = await_sums(s.from, launch);
-      if (lane < 8) *s.to = {s.by.x * sum.x, s.by.y * sum.y};
-    }
+      for (int token = 0; token < t.n_tokens; token++, from += part_stride(), to += c.rank_pieces * panel_ranks)
+#pragma unroll 1
+        for (int piece = 0; piece < n; piece++) {
+          if (--turn) continue;
+          turn = c.u_warps;
+          float2 sum = await_sums(from + piece * c.splits() * panel_ranks, launch), by = {t.scale, t.scale};
+          int rank = piece * panel_ranks + pair;
+          if (t.d) by.x *= __ldg(t.d + min(rank, t.width - 1)), by.y *= __ldg(t.d + min(rank + 1, t.width - 1));
+          if (lane < 8) *reinterpret_cast<float2 *>(to + piece * panel_ranks) = {by.x * sum.x, by.y * sum.y};
+        }
+    });
     sync();
   }
 
   // ---- U h ----
-
-  __device__ int member_of(int tile) const {
-    int member = 0;
-    while (member < c.n_members - 1 && tile >= c.members[member].end_tile) member++;
-    return member;
-  }
-  // The block's tiles of a member are dealt out to the warps: do_tile(tile of the block, tile of the member).
-  template <typename callable>
-  __device__ void for_tiles(int member, const callable &do_tile) const {
-    int start = member ? c.members[member - 1].end_tile : 0, end = min(tiles, c.members[member].end_tile - first_tile);
-#pragma unroll 1
-    for (int tile = max(0, start - first_tile) + warp; tile < end; tile += c.warps) do_tile(tile, first_tile + tile - start);
-  }
-  template <typename callable>
-  __device__ void for_slots_and_members(const callable &call) const {
-    int first = member_of(first_tile), last = member_of(first_tile + tiles - 1);
-#pragma unroll 1
-    for (int slot = 0; slot < c.n_slots; slot++)
-#pragma unroll 1
-      for (int member = first; member <= last; member++) call(slot, member, term_at(slot, member));
-  }
 
   // What a slot needs for a tile, in memory or in an entry of shared memory: the lane's words of each piece, the scales of
   // its ranks, and vectors of the outputs.
@@ -326,7 +331,7 @@ struct beside_warps {
   }
   // And changes that change nothing.
   __device__ void prefetch_u() const {
-    for_slots_and_members([&](int slot, int member, const beside_term &t) {
+    for_terms([&](int slot, int member, const beside_term &t) {
       for_tiles(member, [&](int tile, int of_member) {
         int entry = tile * c.n_slots + slot;
         if (entry < c.plan.u_room)
@@ -334,7 +339,8 @@ struct beside_warps {
       });
     });
     float2 *changes = changes_of(shared, c);
-    for (int i = warp * warp_size + lane; i < tiles * tokens * tile_rows; i += c.warps * warp_size) changes[i] = {1, 0};
+#pragma unroll 1
+    for (int i = warp * warp_size + lane; i < tiles * tokens * tile_rows; i += c.u_warps * warp_size) changes[i] = {1, 0};
   }
 
   // Column g of the second operand: the values of 16 ranks for token g, as an upper and a lower half whose sum is exact
@@ -409,7 +415,7 @@ struct beside_warps {
 
   // The adapters of a stack one after the other.
   __device__ void expand() const {
-    for_slots_and_members([&](int slot, int member, const beside_term &t) {
+    for_terms([&](int slot, int member, const beside_term &t) {
       int n = max(1, t.pieces());
 #pragma unroll 1
       for (int first_token = t.token / 8 * 8; first_token < t.token + t.n_tokens; first_token += 8)
@@ -418,28 +424,30 @@ struct beside_warps {
     });
   }
 
-  // `all_threads`: of the block; the product's warps wait for them once before they multiply.
-  __device__ void run(int all_threads) const {
-    changes_ready ready(shared, c);
-    if (warp == 0 && lane == 0) ready.init(c.warps);
-    arrive_threads(tokens_barrier, all_threads);
+  __device__ void run_v() const {
     uint32_t launch = *c.step * most_launches_beside + c.launch;
-    find_terms();
     unit first;
-    sums_to_come sums;
-    bool shrinks = find_unit(first_unit(), first);
-    if (shrinks) prefetch_v(first);
-    prefetch_u();
+    bool there = find_unit(first_unit(), first);
+    if (there) prefetch_v(first);
     commit_copies();
-    bool gathers = find_sums(warp, sums);
     wait_for_kernel_before();
     wait_for_copies<0>();
     __syncwarp();
-    shrink(first, shrinks, launch);
-    gather(sums, gathers, launch);
+    shrink(first, there, launch);
+  }
+
+  __device__ void run_u() const {
+    uint32_t launch = *c.step * most_launches_beside + c.launch;
+    fetch_terms();
+    prefetch_u();
+    commit_copies();
+    wait_for_kernel_before();
+    gather(launch);
+    wait_for_copies<0>();
+    __syncwarp();
     expand();
     __syncwarp();
-    if (lane == 0) ready.arrive();
+    if (lane == 0) changes_ready(shared, c).arrive();
   }
 };
 

@@ -180,7 +180,7 @@ struct adrt_executable {
   __nv_bfloat16 *gathered = nullptr;  // [tokens, width of the head's input]
   int32_t logit_room = 0;
   adaptrt::device_memory logits;      // [logit_room, logit_rows] float
-  adaptrt::device_memory mapped_memory, workspace, partial, arrived, hidden, projected, beside;
+  adaptrt::device_memory mapped_memory, workspace, partial, arrived, hidden, projected, beside, beside_terms;
   adaptrt::pinned_memory host_logits;
 
   adaptrt::plan plan;
@@ -197,6 +197,7 @@ struct adrt_executable {
   uint64_t generation = 0;                              // counts what makes graphs stale: memory that moved
 
   adaptrt::queue queue() const { return {queues.main, hopper}; }
+  size_t first_logit_term() const { return points.size() * plan.tokens.shrink_tiles.size(); }  // of beside_terms
   adaptrt::source source_of(const adaptrt::view &v) const;
   adaptrt::destination destination_of(const adaptrt::view &v) const;
 };

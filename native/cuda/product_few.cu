@@ -22,7 +22,7 @@ constexpr int chunk_bytes = 2048, chunk_vectors = chunk_bytes / 512;  // codes; 
 template <int products>
 struct few_shape {
   static constexpr int warps = products == 1 ? 24 : 16, chunks_ahead = products == 1 ? 1 : 2;
-  static constexpr int registers = products == 1 ? 72 : 128, most_warps = products == 1 ? 28 : 16;  // that they allow
+  static constexpr int registers = products == 1 ? 72 : 128, most_warps = products == 1 ? 24 : 16;  // that they allow
 };
 
 template <weight_kind kind>
@@ -365,12 +365,19 @@ __device__ void multiply_run(const few_arguments &args, uint8_t *shared, const d
 
 // What the warps do that do not multiply.
 __device__ void adapt(const few_arguments &args, uint8_t *shared, const division &by, int warp) {
+  if (warp == 0 && threadIdx.x % 32 == 0) changes_ready(shared, args.beside).init(args.beside.u_warps);
+  arrive_threads(tokens_barrier, int(blockDim.x));
+  bool of_u = warp < args.beside.u_warps;
   auto run = [&](auto kind) {
     int columns = int((args.w.cols + block_cols - 1) / block_cols);
-    beside_warps<decltype(kind)::value> work = {
-        args.beside, args.x,        args.x_stride, int(args.w.rows), columns,
-        args.tokens, by.first_tile, by.tiles,      warp,             int(threadIdx.x % 32), shared};
-    work.run(int(blockDim.x));
+    beside_warps<decltype(kind)::value> work = {args.beside,   args.x,        args.x_stride,
+                                                int(args.w.rows), columns,    args.tokens,
+                                                by.first_tile, by.tiles,      of_u ? warp : warp - args.beside.u_warps,
+                                                int(threadIdx.x % 32), shared};
+    if (of_u)
+      work.run_u();
+    else
+      work.run_v();
   };
   switch (args.beside.kind) {
     case weight_kind::nf4: return run(std::integral_constant<weight_kind, weight_kind::nf4>());
@@ -426,7 +433,7 @@ few_plan plan_few(const product_context &context, const packed_matrix &w, int to
     int warps = tokens <= 8 ? few_shape<1>::warps : few_shape<2>::warps;
     int most = tokens <= 8 ? few_shape<1>::most_warps : few_shape<2>::most_warps, others = 0;
     if (groups == 0) break;
-    if (beside) warps = std::min(warps, most - beside->warps), others = least_beside(*beside, int(ceil_div(w.row_tiles, groups)), tokens);
+    if (beside) warps = std::min(warps, most - beside->v_warps - beside->u_warps), others = least_beside(*beside, int(ceil_div(w.row_tiles, groups)), tokens);
     while (warps > 0 && plan_shared(w, tokens, parts, groups, warps).bytes + others > context.shared_bytes) warps--;
     if (warps > plan.warps) plan = {parts, groups, warps, plan_shared(w, tokens, parts, groups, warps)};
   }
@@ -439,7 +446,7 @@ cudaError_t launch_products(const product_call &call) {
   few_arguments args = {call.w,  call.x,     call.x_stride, call.tokens, call.out, call.context->codebook,
                         plan.parts, plan.warps, plan.shared};
   int threads = plan.warps * 32, bytes = plan.shared.bytes;
-  if (adapted) args.beside = *call.beside, threads += args.beside.warps * 32, bytes = args.beside.plan.bytes;
+  if (adapted) args.beside = *call.beside, threads += (args.beside.v_warps + args.beside.u_warps) * 32, bytes = args.beside.plan.bytes;
   return launch_in_clusters(call, unsigned(plan.parts), product_few<kind, products, adapted>,
                             dim3(unsigned(plan.groups * plan.parts)), dim3(unsigned(threads)), size_t(bytes), args);
 }

@@ -118,6 +118,8 @@ void make_adapter_room(adrt_executable &e) {
   grow(e, e.projected, size_t(tokens_or_logits * projected) * sizeof(float), "adapters");
   if (grow(e, e.beside, beside_bytes, "adapters"))
     check(cudaMemsetAsync(e.beside.bytes(), 0, e.beside.size(), e.queues.main), "adapters");
+  size_t slots = e.plan.tokens.shrink_tiles.size() + e.plan.logits.shrink_tiles.size();
+  grow(e, e.beside_terms, e.points.size() * slots * sizeof(beside_term), "adapters");
   if (!maps) return;
   int64_t stride = cpu_align(e.widest_input, BLOCK), tokens = e.token_room;
   size_t narrow = size_t(cpu_align(tokens * stride * int64_t(sizeof(__nv_bfloat16)), 256));

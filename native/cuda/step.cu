@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "beside.cuh"
 #include "executable.cuh"
 
 namespace adaptrt {
@@ -75,9 +76,22 @@ graph_key key_of_step(const adrt_executable &e) {
   return key;
 }
 
+// What products need to know of adapters that they have inside.
+void find_terms(adrt_executable &e) {
+  const plan &p = e.plan;
+  int targets = int(e.points.size());
+  beside_term *terms = e.beside_terms.as<beside_term>();
+  e.launches_beside = 0;
+  if (!p.adapted) return;
+  launch_find_terms(e.queue(), p.tokens.device_shrink_tiles, int(p.tokens.shrink_tiles.size()), targets, terms);
+  if (!p.logits.shrink_tiles.empty())
+    launch_find_terms(e.queue(), p.logits.device_shrink_tiles, int(p.logits.shrink_tiles.size()), targets,
+                      terms + e.first_logit_term());
+}
+
 void enqueue(adrt_executable &e) {
   const plan &p = e.plan;
-  e.launches_beside = 0;
+  find_terms(e);
   for (const rope_table &t : e.rope_tables)
     launch_fill_rope(e.queue(), p.device_positions, p.n_tokens, t.inverse, int(t.values.size()), t.factor, t.cos_sin);
   for (const std::unique_ptr<stage> &s : e.stages) s->launch(e);
