@@ -29,7 +29,7 @@ bool divide_beside(beside_call &call, int columns, int blocks) {
   call.v_warps = std::min(most_v_warps, (pieces + pieces_of_v_warp - 1) / pieces_of_v_warp);
   call.u_warps = panels > most_members ? 2 : 1;
   int useful = std::min({most_splits_beside, columns, blocks * call.v_warps / panels});
-  for (call.log_splits = 0; 2 << call.log_splits <= useful;) call.log_splits++;
+  for (call.log_splits = 2; 2 << call.log_splits <= useful;) call.log_splits++;
   size_t bytes = size_t(panels) * size_t(call.slot_tokens * call.splits() * panel_ranks) * sizeof(uint64_t);
   return pieces <= most_pieces_of_v_warp * call.v_warps && bytes <= beside_bytes;
 }
@@ -41,19 +41,28 @@ static beside_plan plan_least(const beside_call &call, int tiles, int tokens, in
   plan.terms = plan.ready + 16;
   plan.hidden = align_16(plan.terms + slots * int(sizeof(beside_term)));
   plan.changes = plan.hidden + slots * call.slot_tokens * call.rank_pieces * panel_ranks * int(sizeof(float));
-  plan.v = plan.changes + tiles * tokens * tile_rows * int(sizeof(float2));
+  plan.v = plan.changes + tiles * tokens * tile_rows * int(call.vectors ? sizeof(float2) : sizeof(float));
   return plan;
 }
 
-int least_beside(const beside_call &call, int tiles, int tokens) { return plan_least(call, tiles, tokens, 0).v + 16; }
+static int entry_bytes(const beside_call &call) {
+  int scales = call.kind == weight_kind::bf16 ? 0 : panel_ranks * int(sizeof(float));
+  return call.rank_pieces * (tile_bytes(call.kind) / 4 + scales) + (call.vectors ? 2 * tile_rows * int(sizeof(float)) : 0);
+}
+
+int least_beside(const beside_call &call, int tiles, int tokens) {
+  return plan_least(call, tiles, tokens, 0).v + 16 + call.u_warps * entry_bytes(call);
+}
 
 void plan_room_beside(beside_call &call, int tiles, int tokens, int columns, int first, int end) {
   beside_plan &plan = call.plan = plan_least(call, tiles, tokens, first);
-  int piece = tile_bytes(call.kind), pieces = (columns + call.splits() - 1) / call.splits(), entry = call.entry_bytes();
+  int piece = tile_bytes(call.kind), pieces = (columns + call.splits() - 1) / call.splits();
+  call.entry_bytes = entry_bytes(call);
+  end -= call.u_warps * call.entry_bytes;  // for entries that have no room
   plan.v_room = std::min(pieces, (end - plan.v) / 2 / piece / call.v_warps);
   plan.u = plan.v + plan.v_room * piece * call.v_warps;
-  plan.u_room = std::min(tiles * call.n_slots, (end - plan.u) / entry);
-  plan.bytes = plan.u + plan.u_room * entry;
+  plan.u_room = std::min(tiles * call.n_slots, (end - plan.u) / call.entry_bytes);
+  plan.bytes = plan.u + (plan.u_room + call.u_warps) * call.entry_bytes;
 }
 
 }  // namespace adaptrt

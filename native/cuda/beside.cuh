@@ -30,18 +30,18 @@ struct alignas(16) beside_term {
   const uint8_t *v, *u;
   const float *v_scales, *u_scales, *d, *e, *g_out;
   float scale;
-  int32_t width, v_blocks, token, n_tokens;
+  int32_t width, pieces, v_blocks, token, n_tokens;
 
   __device__ void find(const token_tile &slot, int32_t target) {
     const attachment &what = slot.head.attachments[target];
     const term &t = what.first;
     token = slot.token, n_tokens = what.acts ? slot.n_tokens : 0;
     width = what.acts && what.n_terms ? int32_t(t.width) : 0;
+    pieces = (width + panel_ranks - 1) / panel_ranks;
     v = t.v.data, u = t.u.data, v_scales = t.v.scales, u_scales = t.u.scales;
     v_blocks = int32_t(block_pieces(t.v)), scale = t.scale;
     d = t.d, e = width ? t.e : nullptr, g_out = what.g_out;
   }
-  __device__ int pieces() const { return (width + panel_ranks - 1) / panel_ranks; }
 };
 
 struct beside_call {
@@ -58,19 +58,13 @@ struct beside_call {
   const uint32_t *step;  // the step's number
   uint32_t launch;       // this launch's, in the step
   // filled in by plan_beside
-  int log_splits, v_warps, u_warps;
+  int log_splits, v_warps, u_warps, entry_bytes;  // of what a slot needs for a tile of outputs
   beside_plan plan;
 
   __host__ __device__ int splits() const { return 1 << log_splits; }
-
-  // Of what a slot needs for a tile of outputs.
-  __host__ __device__ int entry_bytes() const {
-    int scales = kind == weight_kind::bf16 ? 0 : panel_ranks * int(sizeof(float));
-    return rank_pieces * (tile_bytes(kind) / 4 + scales) + (vectors ? 2 * tile_rows * int(sizeof(float)) : 0);
-  }
 };
 
-constexpr int most_splits_beside = 32;  // of the columns
+constexpr int least_splits_beside = 4, most_splits_beside = 32;  // of the columns; powers of two
 constexpr uint32_t most_launches_beside = 1 << 12;  // in a step
 constexpr size_t beside_bytes = size_t(1) << 20;  // of `parts`
 

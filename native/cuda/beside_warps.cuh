@@ -36,9 +36,14 @@ struct changes_ready {
   }
 };
 
-// [tiles, tokens, 16]: y = x y + y of the changes of the block's outputs.
-__device__ inline float2 *changes_of(uint8_t *shared, const beside_call &c) {
-  return reinterpret_cast<float2 *>(shared + c.plan.changes);
+// y = gain * y + delta, [tiles, tokens, 16] of each; gains only with vectors.
+struct changes {
+  float *delta, *gain;
+  __device__ void step(int items) { delta += items, gain += items; }
+};
+__device__ inline changes changes_of(uint8_t *shared, const beside_call &c, int tiles, int tokens) {
+  float *delta = reinterpret_cast<float *>(shared + c.plan.changes);
+  return {delta, delta + tiles * tokens * tile_rows};
 }
 
 __device__ inline void copy_16(const void *to, const void *from) {
@@ -120,7 +125,7 @@ struct beside_warps {
     const beside_term &t = c.terms[c.members[member].target * c.n_slots + slot];
     int begin = columns * split >> c.log_splits, token = min(lane / 4, t.n_tokens - 1), first = piece * t.v_blocks + begin;
     u.blocks = (columns * (split + 1) >> c.log_splits) - begin;
-    u.tokens = piece < t.pieces() ? t.n_tokens : 0;
+    u.tokens = piece < t.pieces ? t.n_tokens : 0;
     u.codes = t.v + int64_t(first) * piece_bytes;
     u.scales = t.v_scales + first * panel_ranks + lane / 4;
     u.x = x + (t.token + token) * x_stride + begin * BLOCK + lane % 4 * 16;
@@ -204,24 +209,24 @@ struct beside_warps {
   }
   __device__ void sync() const { sync_threads(beside_barrier, c.u_warps * warp_size); }
 
-  __device__ int start_of(int member) const { return member ? c.members[member - 1].end_tile : 0; }
-  __device__ bool has_tiles(int member) const {
-    return start_of(member) < first_tile + tiles && c.members[member].end_tile > first_tile;
+  // The warp's tiles of a member: every u_warps-th from `first` to `end`; they are the member's from first + of_member on.
+  struct tile_run {
+    int first, end, of_member;
+  };
+  __device__ tile_run tiles_of(int member) const {
+    int start = (member ? c.members[member - 1].end_tile : 0) - first_tile;
+    return {max(0, start) + warp, min(tiles, c.members[member].end_tile - first_tile), -start};
   }
-  // The block's tiles of a member are dealt out to the warps: do_tile(tile of the block, tile of the member).
-  template <typename callable>
-  __device__ void for_tiles(int member, const callable &do_tile) const {
-    int start = start_of(member), end = min(tiles, c.members[member].end_tile - first_tile);
-#pragma unroll 1
-    for (int tile = max(0, start - first_tile) + warp; tile < end; tile += c.u_warps) do_tile(tile, first_tile + tile - start);
-  }
-  // call(slot, member, term) for members that the block has tiles of, slots in their order.
+  // call(slot, member, term, tiles) for members that the warp has tiles of, slots in their order.
   template <typename callable>
   __device__ void for_terms(const callable &call) const {
 #pragma unroll 1
-    for (int member = 0; member < c.n_members; member++)
+    for (int member = 0; member < c.n_members; member++) {
+      tile_run run = tiles_of(member);
 #pragma unroll 1
-      for (int slot = 0; slot < c.n_slots && has_tiles(member); slot++) call(slot, member, terms()[member * c.n_slots + slot]);
+      for (int slot = 0; slot < c.n_slots && run.first - warp < run.end; slot++)
+        call(slot, member, terms()[member * c.n_slots + slot], run);
+    }
   }
 
   __device__ void fetch_terms() const {
@@ -242,26 +247,24 @@ struct beside_warps {
 
   // Two neighbouring ranks of a piece: four groups of lanes take turns at the splits.
   __device__ float2 await_sums(const uint64_t *of_piece, uint32_t launch) const {
-    constexpr int groups = 4, turns = most_splits_beside / groups;
-    int group = lane / 8, last = c.splits() - 1;
-    const uint64_t *from = of_piece + lane % 8 * 2;
-    uint64_t v[turns][2];
+    constexpr int groups = least_splits_beside, most_turns = most_splits_beside / groups;
+    int turns = c.splits() / groups;
+    const uint64_t *from = of_piece + lane / 8 * panel_ranks + lane % 8 * 2;
+    uint64_t v[most_turns][2];
     uint32_t stale;
     do {
 #pragma unroll
-      for (int i = 0; i < turns; i++)
+      for (int i = 0; i < most_turns; i++)
         asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];"
-                     : "=l"(v[i][0]), "=l"(v[i][1]) : "l"(from + min(group + i * groups, last) * panel_ranks) : "memory");
+                     : "=l"(v[i][0]), "=l"(v[i][1]) : "l"(from + min(i, turns - 1) * groups * panel_ranks) : "memory");
       stale = 0;
 #pragma unroll
-      for (int i = 0; i < 2 * turns; i++) stale |= uint32_t(v[i / 2][i % 2] >> 32) ^ launch;
+      for (int i = 0; i < 2 * most_turns; i++) stale |= uint32_t(v[i / 2][i % 2] >> 32) ^ launch;
     } while (stale);
     float2 sum = {0, 0};
 #pragma unroll
-    for (int i = 0; i < turns; i++) {
-      bool there = group + i * groups <= last;
-      sum.x += there ? __uint_as_float(uint32_t(v[i][0])) : 0.f, sum.y += there ? __uint_as_float(uint32_t(v[i][1])) : 0.f;
-    }
+    for (int i = 0; i < most_turns; i++)
+      if (i < turns) sum.x += __uint_as_float(uint32_t(v[i][0])), sum.y += __uint_as_float(uint32_t(v[i][1]));
 #pragma unroll
     for (int step = 8; step < warp_size; step *= 2) {
       sum.x += __shfl_xor_sync(all_lanes, sum.x, step);
@@ -273,14 +276,14 @@ struct beside_warps {
   // All pieces of all tokens are dealt out to the warps.
   __device__ void gather(uint32_t launch) const {
     int turn = c.u_warps - warp;
-    for_terms([&](int slot, int member, const beside_term &t) {
-      int n = t.pieces(), pair = lane % 8 * 2;
+    for_terms([&](int slot, int member, const beside_term &t, const tile_run &) {
+      int pair = lane % 8 * 2;
       const uint64_t *from = parts_of(slot, member, 0);
       float *to = hidden_at(member, slot) + pair;
 #pragma unroll 1
       for (int token = 0; token < t.n_tokens; token++, from += part_stride(), to += c.rank_pieces * panel_ranks)
 #pragma unroll 1
-        for (int piece = 0; piece < n; piece++) {
+        for (int piece = 0; piece < t.pieces; piece++) {
           if (--turn) continue;
           turn = c.u_warps;
           float2 sum = await_sums(from + piece * c.splits() * panel_ranks, launch), by = {t.scale, t.scale};
@@ -294,53 +297,58 @@ struct beside_warps {
 
   // ---- U h ----
 
-  // What a slot needs for a tile, in memory or in an entry of shared memory: the lane's words of each piece, the scales of
-  // its ranks, and vectors of the outputs.
-  struct tile_of_slot {
-    const uint8_t *words;
-    int words_step;
-    const float *scales, *e, *g_out;
-  };
-  __device__ tile_of_slot in_memory(const beside_term &t, int tile_of_member) const {
-    int64_t piece = int64_t(tile_of_member / 4) * t.pieces();
-    int row = tile_of_member * tile_rows;
-    return {t.u + piece * piece_bytes + step_words<kind>::place(tile_of_member % 4), piece_bytes,
-            t.u_scales + piece * panel_ranks, t.e ? t.e + row : nullptr, t.g_out ? t.g_out + row : nullptr};
+  // What a slot needs for a tile, an entry of shared memory: the words of each piece, the scales of their ranks, and vectors
+  // of the outputs, e and g_out.
+  __device__ uint8_t *entry_at(int number) const { return shared + c.plan.u + number * c.entry_bytes; }
+  static __device__ float *scales_of(uint8_t *entry, int rank_pieces) {
+    return reinterpret_cast<float *>(entry + rank_pieces * step_bytes);
   }
-  __device__ tile_of_slot in_shared(const beside_term &t, int entry) const {
-    uint8_t *at = shared + c.plan.u + entry * c.entry_bytes();
-    const float *scales = reinterpret_cast<float *>(at + c.rank_pieces * step_bytes);
-    const float *vectors = scales + (kind == weight_kind::bf16 ? 0 : c.rank_pieces * panel_ranks);
-    return {at + lane * step_words<kind>::bytes, step_bytes, scales, t.e ? vectors : nullptr,
-            t.g_out ? vectors + tile_rows : nullptr};
-  }
-  __device__ tile_of_slot find_tile(const beside_term &t, int slot, int tile, int tile_of_member) const {
-    int entry = tile * c.n_slots + slot;
-    return entry < c.plan.u_room ? in_shared(t, entry) : in_memory(t, tile_of_member);
+  __device__ float *vectors_of(uint8_t *entry) const {
+    return scales_of(entry, c.rank_pieces) + (kind == weight_kind::bf16 ? 0 : c.rank_pieces * panel_ranks);
   }
 
-  __device__ void prefetch_tile(const beside_term &t, const tile_of_slot &to, const tile_of_slot &from, int rows_left) const {
-    int n = t.pieces();
+  __device__ void fetch_entry(uint8_t *entry, const beside_term &t, int tile_of_member, int rows_left) const {
+    int64_t first = int64_t(tile_of_member / 4) * t.pieces;
+    int row = tile_of_member * tile_rows + lane * 4;
+    const uint8_t *words = t.u + first * piece_bytes + step_words<kind>::place(tile_of_member % 4);
 #pragma unroll 1
-    for (int i = 0; i < n; i++) step_words<kind>::copy(to.words + i * step_bytes, from.words + i * piece_bytes);
+    for (int i = 0; i < t.pieces; i++)
+      step_words<kind>::copy(entry + i * step_bytes + lane * step_words<kind>::bytes, words + i * piece_bytes);
     if constexpr (kind != weight_kind::bf16)
-      for (int i = lane * 4; i < n * panel_ranks; i += warp_size * 4) copy_16(to.scales + i, from.scales + i);
-    if (lane >= tile_rows / 4 || lane * 4 >= rows_left) return;
-    if (from.e) copy_16(to.e + lane * 4, from.e + lane * 4);
-    if (from.g_out) copy_16(to.g_out + lane * 4, from.g_out + lane * 4);
-  }
-  // And changes that change nothing.
-  __device__ void prefetch_u() const {
-    for_terms([&](int slot, int member, const beside_term &t) {
-      for_tiles(member, [&](int tile, int of_member) {
-        int entry = tile * c.n_slots + slot;
-        if (entry < c.plan.u_room)
-          prefetch_tile(t, in_shared(t, entry), in_memory(t, of_member), rows - (first_tile + tile) * tile_rows);
-      });
-    });
-    float2 *changes = changes_of(shared, c);
 #pragma unroll 1
-    for (int i = warp * warp_size + lane; i < tiles * tokens * tile_rows; i += c.u_warps * warp_size) changes[i] = {1, 0};
+      for (int i = lane * 4; i < t.pieces * panel_ranks; i += warp_size * 4)
+        copy_16(scales_of(entry, c.rank_pieces) + i, t.u_scales + first * panel_ranks + i);
+    if (!c.vectors || lane >= tile_rows / 4 || lane * 4 >= rows_left) return;
+    if (t.e) copy_16(vectors_of(entry) + lane * 4, t.e + row);
+    if (t.g_out) copy_16(vectors_of(entry) + tile_rows + lane * 4, t.g_out + row);
+  }
+  __device__ int rows_left(int tile) const { return rows - (first_tile + tile) * tile_rows; }
+  // As many as there is room for. And changes that change nothing.
+  __device__ void prefetch_u() const {
+    for_terms([&](int slot, int, const beside_term &t, const tile_run &run) {
+#pragma unroll 1
+      for (int tile = run.first; tile < run.end; tile += c.u_warps)
+        if (tile * c.n_slots + slot < c.plan.u_room)
+          fetch_entry(entry_at(tile * c.n_slots + slot), t, tile + run.of_member, rows_left(tile));
+    });
+    changes all = changes_of(shared, c, tiles, tokens);
+#pragma unroll 1
+    for (int i = warp * warp_size + lane; i < tiles * tokens * tile_rows; i += c.u_warps * warp_size) {
+      all.delta[i] = 0;
+      if (c.vectors) all.gain[i] = 1;
+    }
+  }
+  // The others one at a time, into the last.
+  __device__ uint8_t *find_entry(int tile, int slot, const beside_term &t, const tile_run &run) const {
+    int number = tile * c.n_slots + slot;
+    if (number < c.plan.u_room) return entry_at(number);
+    uint8_t *entry = entry_at(c.plan.u_room + warp);
+    __syncwarp();
+    fetch_entry(entry, t, tile + run.of_member, rows_left(tile));
+    commit_copies();
+    wait_for_copies<0>();
+    __syncwarp();
+    return entry;
   }
 
   // Column g of the second operand: the values of 16 ranks for token g, as an upper and a lower half whose sum is exact
@@ -364,63 +372,66 @@ struct beside_warps {
     }
   };
 
-  // A piece's sums, in lane 4g + t of outputs 2g and 2g + 1 by tokens 2t and 2t + 1, on top of what changes there already:
-  // y = gain * y + delta. `token`: the lane's first, and how many it has of the slot's.
-  struct lane_tokens {
-    int first;
-    bool there[2];
-  };
-  __device__ void add_sums(int tile, const lane_tokens &at, const float sums[4], const tile_of_slot &of, bool last,
-                           int rows_left) const {
-    int row = lane / 4 * 2;
-    float e[2] = {1, 1}, g[2] = {1, 1};
+  // Adds a piece's sums to delta, in lane 4g + t of outputs 2g and 2g + 1 by tokens 2t and 2t + 1; `there`: of these
+  // tokens; the last piece multiplies by the gain.
+  __device__ void add_sums(const changes &at, const bool there[2], const float sums[4]) const {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      int out = min(row + i, rows_left - 1);
-      if (of.e) e[i] = of.e[out];
-      if (of.g_out && last) g[i] = of.g_out[out];
+      if (!there[i]) continue;
+      float2 *delta = reinterpret_cast<float2 *>(at.delta + i * tile_rows), old = *delta;
+      *delta = {old.x + sums[i], old.y + sums[2 + i]};
     }
-    float4 *changes = reinterpret_cast<float4 *>(changes_of(shared, c) + (tile * tokens + at.first) * tile_rows + row);
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      if (!at.there[i]) continue;
-      float4 &change = changes[i * tile_rows / 2], now = change;
-      change = {g[0] * now.x, g[0] * (now.y + e[0] * sums[i]), g[1] * now.z, g[1] * (now.w + e[1] * sums[2 + i])};
+  }
+  __device__ void add_with_vectors(const changes &at, const bool there[2], float sums[4], const beside_term &t,
+                                   const float *vectors, bool last) const {
+    vectors += lane / 4 * 2;
+    for (int i = 0; t.e && i < 4; i++) sums[i] *= vectors[i / 2];
+    add_sums(at, there, sums);
+    if (!t.g_out || !last) return;
+    for (int i = 0; i < 4; i++) {
+      if (!there[i % 2]) continue;
+      float by = vectors[tile_rows + i / 2];
+      at.delta[i % 2 * tile_rows + i / 2] *= by, at.gain[i % 2 * tile_rows + i / 2] *= by;
     }
   }
 
   // A piece of 16 ranks, for eight tokens. A term without ranks has one of zeros.
-  __device__ void expand_piece(const beside_term &t, int slot, int member, int piece, int first_token) const {
-    int column = first_token + lane / 4 - t.token, first = first_token + lane % 4 * 2, n = t.pieces();
-    lane_tokens at = {first, {unsigned(first - t.token) < unsigned(t.n_tokens), unsigned(first + 1 - t.token) < unsigned(t.n_tokens)}};
-    bool there = n && unsigned(column) < unsigned(t.n_tokens);
-    const float *values = there ? hidden_at(member, slot) + (column * c.rank_pieces + piece) * panel_ranks : nullptr;
+  __device__ void expand_piece(const beside_term &t, int slot, int member, int piece, int first_token,
+                               const tile_run &run) const {
+    int column = first_token + lane / 4 - t.token, first = first_token + lane % 4 * 2;
+    bool there[2] = {unsigned(first - t.token) < unsigned(t.n_tokens), unsigned(first + 1 - t.token) < unsigned(t.n_tokens)};
+    bool has_column = t.pieces && unsigned(column) < unsigned(t.n_tokens);
+    const float *values = has_column ? hidden_at(member, slot) + (column * c.rank_pieces + piece) * panel_ranks : nullptr;
     operand_columns b;
     if constexpr (kind == weight_kind::bf16) b.load(values, nullptr, lane);
-    for_tiles(member, [&](int tile, int of_member) {
-      tile_of_slot of = find_tile(t, slot, tile, of_member);
+    changes at = changes_of(shared, c, tiles, tokens);
+    at.step((run.first * tokens + first) * tile_rows + lane / 4 * 2);
+#pragma unroll 1
+    for (int tile = run.first; tile < run.end; tile += c.u_warps, at.step(c.u_warps * tokens * tile_rows)) {
+      uint8_t *entry = find_entry(tile, slot, t, run);
+      step_words<kind> words;
+      uint32_t a[4];
       float sums[4] = {};
-      if (n) {
-        step_words<kind> words;
-        uint32_t a[4];
-        words.load(of.words + piece * of.words_step);
-        words.operand(a);
-        if constexpr (kind != weight_kind::bf16) b.load(values, of.scales + piece * panel_ranks, lane);
-        multiply_add(sums, a, b.upper[0], b.upper[1]);
-        multiply_add(sums, a, b.lower[0], b.lower[1]);
-      }
-      add_sums(tile, at, sums, of, piece >= n - 1, rows - (first_tile + tile) * tile_rows);
-    });
+      words.load(entry + piece * step_bytes + lane * step_words<kind>::bytes);
+      if (!t.pieces) words = {};
+      words.operand(a);
+      if constexpr (kind != weight_kind::bf16) b.load(values, scales_of(entry, c.rank_pieces) + piece * panel_ranks, lane);
+      multiply_add(sums, a, b.upper[0], b.upper[1]);
+      multiply_add(sums, a, b.lower[0], b.lower[1]);
+      if (c.vectors)
+        add_with_vectors(at, there, sums, t, vectors_of(entry), piece >= t.pieces - 1);
+      else
+        add_sums(at, there, sums);
+    }
   }
 
   // The adapters of a stack one after the other.
   __device__ void expand() const {
-    for_terms([&](int slot, int member, const beside_term &t) {
-      int n = max(1, t.pieces());
+    for_terms([&](int slot, int member, const beside_term &t, const tile_run &run) {
 #pragma unroll 1
-      for (int first_token = t.token / 8 * 8; first_token < t.token + t.n_tokens; first_token += 8)
+      for (int first_token = t.token & ~7; first_token < t.token + t.n_tokens; first_token += 8)
 #pragma unroll 1
-        for (int piece = 0; piece < n; piece++) expand_piece(t, slot, member, piece, first_token);
+        for (int piece = 0; piece < max(1, t.pieces); piece++) expand_piece(t, slot, member, piece, first_token, run);
     });
   }
 

@@ -212,8 +212,9 @@ template <bool adapted>
 __device__ void put_result(uint8_t *shared, const few_arguments &args, const division &by, int tile, int item, float sum) {
   int64_t row = int64_t(by.first_tile + tile) * tile_rows + item % tile_rows;
   if constexpr (adapted) {
-    float2 change = changes_of(shared, args.beside)[tile * args.tokens * tile_rows + item];
-    sum = change.x * sum + change.y;
+    changes at = changes_of(shared, args.beside, by.tiles, args.tokens);
+    at.step(tile * args.tokens * tile_rows + item);
+    sum = *at.delta + (args.beside.vectors ? *at.gain * sum : sum);
   }
   if (row < args.w.rows) store_result(args.out, item / tile_rows, row, sum);
 }
