@@ -359,9 +359,10 @@ struct beside_warps {
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         int rank = lane % 4 * 2 + i * 8;
-        float2 h = values ? *reinterpret_cast<const float2 *>(values + rank) : float2{0, 0};
-        if constexpr (kind != weight_kind::bf16) {
-          float2 by = *reinterpret_cast<const float2 *>(scales + rank);
+        float2 h = {0, 0};
+        if (values) {
+          h = *reinterpret_cast<const float2 *>(values + rank);
+          float2 by = kind == weight_kind::bf16 ? float2{1, 1} : *reinterpret_cast<const float2 *>(scales + rank);
           h.x *= by.x, h.y *= by.y;
         }
         __nv_bfloat162 high = __floats2bfloat162_rn(h.x, h.y);
