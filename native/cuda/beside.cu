@@ -51,18 +51,19 @@ static int entry_bytes(const beside_call &call) {
 }
 
 int least_beside(const beside_call &call, int tiles, int tokens) {
-  return plan_least(call, tiles, tokens, 0).v + 16 + call.u_warps * entry_bytes(call);
+  return plan_least(call, tiles, tokens, 0).v + 16 + (call.u_warps + call.v_warps) * entry_bytes(call);
 }
 
 void plan_room_beside(beside_call &call, int tiles, int tokens, int columns, int first, int end) {
   beside_plan &plan = call.plan = plan_least(call, tiles, tokens, first);
   int piece = tile_bytes(call.kind), pieces = (columns + call.splits() - 1) / call.splits();
   call.entry_bytes = entry_bytes(call);
-  end -= call.u_warps * call.entry_bytes;  // for entries that have no room
+  int others = (call.u_warps + call.v_warps) * call.entry_bytes;  // for entries that have no room
+  end -= others;
   plan.v_room = std::min(pieces, (end - plan.v) / 2 / piece / call.v_warps);
   plan.u = plan.v + plan.v_room * piece * call.v_warps;
   plan.u_room = std::min(tiles * call.n_slots, (end - plan.u) / call.entry_bytes);
-  plan.bytes = plan.u + (plan.u_room + call.u_warps) * call.entry_bytes;
+  plan.bytes = plan.u + plan.u_room * call.entry_bytes + others;
 }
 
 }  // namespace adaptrt

@@ -15,7 +15,7 @@ __device__ inline void arrive_threads(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-constexpr int tokens_barrier = 1, beside_barrier = 2;
+constexpr int tokens_barrier = 1, terms_barrier = 2, beside_barrier = 3;
 
 // Passed once all changes of the block are there: an arrival a warp.
 struct changes_ready {
@@ -99,7 +99,7 @@ struct beside_warps {
   int64_t x_stride;
   int rows, columns, tokens;  // columns in blocks of 64
   int first_tile, tiles;      // the block's
-  int warp, lane;             // of those with the same part
+  int warp, warps, lane;      // of those that work together
   uint8_t *shared;
 
   __device__ int part_stride() const { return c.n_members * c.rank_pieces * c.splits() * panel_ranks; }  // from token to token
@@ -190,7 +190,7 @@ struct beside_warps {
   __device__ void shrink(unit &u, bool there, uint32_t launch) const {
     int fetched = c.plan.v_room;
 #pragma unroll 1
-    for (int n = first_unit(); there; there = find_unit(n += gridDim.x * c.v_warps, u), fetched = 0) {
+    for (int n = first_unit(); there; there = find_unit(n += gridDim.x * warps, u), fetched = 0) {
       float sums[4] = {};
       if (!u.tokens) continue;
       multiply_unit(u, fetched, sums);
@@ -207,9 +207,8 @@ struct beside_warps {
     int row = (member * c.n_slots + slot) * c.slot_tokens;
     return reinterpret_cast<float *>(shared + c.plan.hidden) + row * c.rank_pieces * panel_ranks;
   }
-  __device__ void sync() const { sync_threads(beside_barrier, c.u_warps * warp_size); }
 
-  // The warp's tiles of a member: every u_warps-th from `first` to `end`; they are the member's from first + of_member on.
+  // The warp's tiles of a member: every `warps`-th from `first` to `end`; they are the member's from first + of_member on.
   struct tile_run {
     int first, end, of_member;
   };
@@ -240,7 +239,7 @@ struct beside_warps {
     }
     commit_copies();
     wait_for_copies<0>();
-    sync();
+    sync_threads(terms_barrier, warps * warp_size);
   }
 
   // ---- h = scale * d * V x ----
@@ -275,7 +274,7 @@ struct beside_warps {
 
   // All pieces of all tokens are dealt out to the warps.
   __device__ void gather(uint32_t launch) const {
-    int turn = c.u_warps - warp;
+    int turn = warp + 1;
     for_terms([&](int slot, int member, const beside_term &t, const tile_run &) {
       int pair = lane % 8 * 2;
       const uint64_t *from = parts_of(slot, member, 0);
@@ -285,14 +284,13 @@ struct beside_warps {
 #pragma unroll 1
         for (int piece = 0; piece < t.pieces; piece++) {
           if (--turn) continue;
-          turn = c.u_warps;
+          turn = warps;
           float2 sum = await_sums(from + piece * c.splits() * panel_ranks, launch), by = {t.scale, t.scale};
           int rank = piece * panel_ranks + pair;
           if (t.d) by.x *= __ldg(t.d + min(rank, t.width - 1)), by.y *= __ldg(t.d + min(rank + 1, t.width - 1));
           if (lane < 8) *reinterpret_cast<float2 *>(to + piece * panel_ranks) = {by.x * sum.x, by.y * sum.y};
         }
     });
-    sync();
   }
 
   // ---- U h ----
@@ -327,13 +325,13 @@ struct beside_warps {
   __device__ void prefetch_u() const {
     for_terms([&](int slot, int, const beside_term &t, const tile_run &run) {
 #pragma unroll 1
-      for (int tile = run.first; tile < run.end; tile += c.u_warps)
+      for (int tile = run.first; tile < run.end; tile += warps)
         if (tile * c.n_slots + slot < c.plan.u_room)
           fetch_entry(entry_at(tile * c.n_slots + slot), t, tile + run.of_member, rows_left(tile));
     });
     changes all = changes_of(shared, c, tiles, tokens);
 #pragma unroll 1
-    for (int i = warp * warp_size + lane; i < tiles * tokens * tile_rows; i += c.u_warps * warp_size) {
+    for (int i = warp * warp_size + lane; i < tiles * tokens * tile_rows; i += warps * warp_size) {
       all.delta[i] = 0;
       if (c.vectors) all.gain[i] = 1;
     }
@@ -408,7 +406,7 @@ struct beside_warps {
     changes at = changes_of(shared, c, tiles, tokens);
     at.step((run.first * tokens + first) * tile_rows + lane / 4 * 2);
 #pragma unroll 1
-    for (int tile = run.first; tile < run.end; tile += c.u_warps, at.step(c.u_warps * tokens * tile_rows)) {
+    for (int tile = run.first; tile < run.end; tile += warps, at.step(warps * tokens * tile_rows)) {
       uint8_t *entry = find_entry(tile, slot, t, run);
       step_words<kind> words;
       uint32_t a[4];
@@ -436,8 +434,7 @@ struct beside_warps {
     });
   }
 
-  __device__ void run_v() const {
-    uint32_t launch = *c.step * most_launches_beside + c.launch;
+  __device__ void run_v(uint32_t launch) const {
     unit first;
     bool there = find_unit(first_unit(), first);
     if (there) prefetch_v(first);
@@ -448,15 +445,25 @@ struct beside_warps {
     shrink(first, there, launch);
   }
 
-  __device__ void run_u() const {
+  // First the warps of U and those of V, then all together.
+  __device__ void run() {
+    int all = c.u_warps + c.v_warps, of_all = warp;
     uint32_t launch = *c.step * most_launches_beside + c.launch;
-    fetch_terms();
-    prefetch_u();
-    commit_copies();
-    wait_for_kernel_before();
+    if (warp < c.u_warps) {
+      warps = c.u_warps;
+      fetch_terms();
+      prefetch_u();
+      commit_copies();
+      wait_for_kernel_before();
+      wait_for_copies<0>();
+    } else {
+      warp -= c.u_warps, warps = c.v_warps;
+      run_v(launch);
+    }
+    warp = of_all, warps = all;
+    sync_threads(beside_barrier, all * warp_size);
     gather(launch);
-    wait_for_copies<0>();
-    __syncwarp();
+    sync_threads(beside_barrier, all * warp_size);
     expand();
     __syncwarp();
     if (lane == 0) changes_ready(shared, c).arrive();

@@ -366,19 +366,14 @@ __device__ void multiply_run(const few_arguments &args, uint8_t *shared, const d
 
 // What the warps do that do not multiply.
 __device__ void adapt(const few_arguments &args, uint8_t *shared, const division &by, int warp) {
-  if (warp == 0 && threadIdx.x % 32 == 0) changes_ready(shared, args.beside).init(args.beside.u_warps);
+  int lane = threadIdx.x % 32, warps = blockDim.x / 32 - args.warps;
+  if (warp == 0 && lane == 0) changes_ready(shared, args.beside).init(warps);
   arrive_threads(tokens_barrier, int(blockDim.x));
-  bool of_u = warp < args.beside.u_warps;
   auto run = [&](auto kind) {
     int columns = int((args.w.cols + block_cols - 1) / block_cols);
-    beside_warps<decltype(kind)::value> work = {args.beside,   args.x,        args.x_stride,
-                                                int(args.w.rows), columns,    args.tokens,
-                                                by.first_tile, by.tiles,      of_u ? warp : warp - args.beside.u_warps,
-                                                int(threadIdx.x % 32), shared};
-    if (of_u)
-      work.run_u();
-    else
-      work.run_v();
+    beside_warps<decltype(kind)::value>{args.beside,   args.x,        args.x_stride, int(args.w.rows),
+                                        columns,       args.tokens,   by.first_tile, by.tiles,
+                                        warp,          warps,         lane,          shared}.run();
   };
   switch (args.beside.kind) {
     case weight_kind::nf4: return run(std::integral_constant<weight_kind, weight_kind::nf4>());
