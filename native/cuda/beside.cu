@@ -10,17 +10,22 @@ constexpr int most_v_warps = 4, pieces_of_v_warp = 3, most_pieces_of_v_warp = 16
 
 int align_16(int bytes) { return (bytes + 15) / 16 * 16; }
 
-__global__ void find_terms(const token_tile *slots, int n_slots, int n_targets, beside_term *terms) {
+__global__ void find_terms(term_tables tables, int n_targets) {
   wait_for_before();
   int i = blockIdx.x * blockDim.x + threadIdx.x;
-  if (i < n_targets * n_slots) terms[i].find(slots[i % n_slots], i / n_slots);
+  for (const term_table &t : tables.of) {
+    if (i < n_targets * t.n_slots) t.terms[i].find(t.slots[i % t.n_slots], i / t.n_slots);
+    i -= n_targets * t.n_slots;
+    if (i < 0) return;
+  }
 }
 
 }  // namespace
 
-void launch_find_terms(const queue &q, const token_tile *slots, int n_slots, int n_targets, beside_term *terms) {
+void launch_find_terms(const queue &q, const term_tables &tables, int n_targets) {
   constexpr int threads = 32;
-  launch(q, find_terms, dim3(blocks_of(n_targets * n_slots, threads)), threads, 0, slots, n_slots, n_targets, terms);
+  int all = (tables.of[0].n_slots + tables.of[1].n_slots) * n_targets;
+  if (all) launch(q, find_terms, dim3(blocks_of(all, threads)), threads, 0, tables, n_targets);
 }
 
 bool divide_beside(beside_call &call, int columns, int blocks) {

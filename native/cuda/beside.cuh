@@ -68,8 +68,16 @@ constexpr int least_splits_beside = 4, most_splits_beside = 32;  // of the colum
 constexpr uint32_t most_launches_beside = 1 << 12;  // in a step
 constexpr size_t beside_bytes = size_t(1) << 20;  // of `parts`
 
-// terms: [targets, slots], once a step
-void launch_find_terms(const queue &q, const token_tile *slots, int n_slots, int n_targets, beside_term *terms);
+// Fills in tables of terms, once a step: of tokens and of logits.
+struct term_table {
+  const token_tile *slots;
+  int n_slots;
+  beside_term *terms;  // [targets, slots]
+};
+struct term_tables {
+  term_table of[2];
+};
+void launch_find_terms(const queue &q, const term_tables &tables, int n_targets);
 
 // Fills in how the work is divided for a product; false when it is too much, or the product is another kernel's.
 bool plan_beside(const product_context *context, const packed_matrix &w, int tokens, beside_call &call);

@@ -132,7 +132,8 @@ struct beside_warps {
     u.to = parts_of(slot, member, piece) + split * panel_ranks + lane % 4 * 2 * part_stride() + lane / 4;
     return true;
   }
-  __device__ int first_unit() const { return blockIdx.x + warp * gridDim.x; }
+  static __device__ int blocks() { return gridDim.x * gridDim.y; }
+  __device__ int first_unit() const { return blockIdx.x + gridDim.x * blockIdx.y + warp * blocks(); }
   __device__ uint8_t *v_room() const { return shared + c.plan.v + warp * c.plan.v_room * piece_bytes; }
 
   __device__ void prefetch_v(const unit &u) const {
@@ -190,7 +191,7 @@ struct beside_warps {
   __device__ void shrink(unit &u, bool there, uint32_t launch) const {
     int fetched = c.plan.v_room;
 #pragma unroll 1
-    for (int n = first_unit(); there; there = find_unit(n += gridDim.x * warps, u), fetched = 0) {
+    for (int n = first_unit(); there; there = find_unit(n += blocks() * warps, u), fetched = 0) {
       float sums[4] = {};
       if (!u.tokens) continue;
       multiply_unit(u, fetched, sums);

@@ -79,14 +79,14 @@ graph_key key_of_step(const adrt_executable &e) {
 // What products need to know of adapters that they have inside.
 void find_terms(adrt_executable &e) {
   const plan &p = e.plan;
-  int targets = int(e.points.size());
   beside_term *terms = e.beside_terms.as<beside_term>();
+  auto table = [](const segment_plan &s, beside_term *to) {
+    return term_table{s.device_shrink_tiles, int(s.shrink_tiles.size()), to};
+  };
   e.launches_beside = 0;
-  if (!p.adapted) return;
-  launch_find_terms(e.queue(), p.tokens.device_shrink_tiles, int(p.tokens.shrink_tiles.size()), targets, terms);
-  if (!p.logits.shrink_tiles.empty())
-    launch_find_terms(e.queue(), p.logits.device_shrink_tiles, int(p.logits.shrink_tiles.size()), targets,
-                      terms + e.first_logit_term());
+  if (p.adapted)
+    launch_find_terms(e.queue(), {{table(p.tokens, terms), table(p.logits, terms + e.first_logit_term())}},
+                      int(e.points.size()));
 }
 
 void enqueue(adrt_executable &e) {
