@@ -343,8 +343,10 @@ def test_adapters_of_a_large_head(dtype: str) -> None:
                 (plain(70, rows, cols, 2, "f32", "f16"), plain(2, rows, cols, 3)), c=random(6, rows)
             )
         },
+        {"head": Lowered((plain(64, rows, cols, 4),))},  # for 8 tokens more than shared memory takes at once
     ]
     for runs in (
+        [Run([i], stack=(2, 0) if i == 5 else (2,)) for i in range(8)],
         [Run([1], stack=(0,))],
         [Run([2, 3], stack=(1, 0)), Run([4], stack=()), Run([5], stack=(1,))],
     ):

@@ -52,7 +52,8 @@ static beside_plan plan_least(const beside_call &call, int tiles, int tokens, in
 
 static int entry_bytes(const beside_call &call) {
   int scales = call.kind == weight_kind::bf16 ? 0 : panel_ranks * int(sizeof(float));
-  return call.rank_pieces * (tile_bytes(call.kind) / 4 + scales) + (call.vectors ? 2 * tile_rows * int(sizeof(float)) : 0);
+  int vectors = call.vectors ? 2 * tile_rows * int(sizeof(float)) : 0;
+  return call.rank_pieces * (tile_bytes(call.kind) / 4 + scales) + vectors;
 }
 
 int least_beside(const beside_call &call, int tiles, int tokens) {

@@ -62,8 +62,8 @@ struct step_words {
 
   // Where the lane's are in a piece.
   static __device__ int place(int step) {
-    int lane = threadIdx.x % warp_size;
-    return bytes == 16 ? step * 512 + lane * 16 : bytes == 8 ? step / 2 * 512 + lane * 16 + step % 2 * 8 : lane * 16 + step * 4;
+    int vector = threadIdx.x % warp_size * 16;
+    return bytes == 16 ? step * 512 + vector : bytes == 8 ? step / 2 * 512 + vector + step % 2 * 8 : vector + step * 4;
   }
   __device__ void load(const uint8_t *from) { all = *reinterpret_cast<const decltype(all) *>(from); }
   __device__ void operand(uint32_t a[4]) const {
@@ -81,15 +81,16 @@ struct step_words {
     if constexpr (bytes == 16)
       copy_16(to, from);
     else
-      asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from), "n"(bytes) : "memory");
+      asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from), "n"(bytes)
+                   : "memory");
   }
 };
 
 // ---- the work of a block's warps beside the product ----
 //
-// A warp does one instruction after the other and most of them once: each costs about ten cycles, most of it for fetching
-// it, while the shortest products take some thousands. So the warps have two parts that run side by side, V x and U h;
-// what can be done before the input is there is; and there are no divisions.
+// A warp does one instruction after the other, and most of them once: each costs about ten cycles, most of that for
+// fetching it, while the shortest products take some thousands. So some warps fetch what V x needs and do it while others
+// fetch what U h needs, and then all go on together; and there are no divisions.
 
 template <weight_kind kind>
 struct beside_warps {
@@ -102,7 +103,8 @@ struct beside_warps {
   int warp, warps, lane;      // of those that work together
   uint8_t *shared;
 
-  __device__ int part_stride() const { return c.n_members * c.rank_pieces * c.splits() * panel_ranks; }  // from token to token
+  // From a token's parts to the next one's, and of a slot's first token.
+  __device__ int part_stride() const { return c.n_members * c.rank_pieces * c.splits() * panel_ranks; }
   __device__ uint64_t *parts_of(int slot, int member, int piece) const {
     return c.parts + slot * c.slot_tokens * part_stride() + (member * c.rank_pieces + piece) * c.splits() * panel_ranks;
   }
@@ -123,8 +125,9 @@ struct beside_warps {
     for (; piece >= c.rank_pieces; member++) piece -= c.rank_pieces;
     if (slot >= c.n_slots) return false;
     const beside_term &t = c.terms[c.members[member].target * c.n_slots + slot];
-    int begin = columns * split >> c.log_splits, token = min(lane / 4, t.n_tokens - 1), first = piece * t.v_blocks + begin;
-    u.blocks = (columns * (split + 1) >> c.log_splits) - begin;
+    int begin = columns * split >> c.log_splits, end = columns * (split + 1) >> c.log_splits;
+    int token = min(lane / 4, t.n_tokens - 1), first = piece * t.v_blocks + begin;
+    u.blocks = end - begin;
     u.tokens = piece < t.pieces ? t.n_tokens : 0;
     u.codes = t.v + int64_t(first) * piece_bytes;
     u.scales = t.v_scales + first * panel_ranks + lane / 4;
@@ -151,12 +154,11 @@ struct beside_warps {
       uint4 values[together][2];
       float by[together][2];
 #pragma unroll
-      for (int i = 0; i < together; i++) {
-        int block = min(first + i, u.blocks - 1);
-        for (int h = 0; h < 2; h++) {
-          values[i][h] = reinterpret_cast<const uint4 *>(u.x + block * BLOCK)[h];
-          by[i][h] = first + i >= u.blocks ? 0.f : kind == weight_kind::bf16 ? 1.f : __ldg(u.scales + block * panel_ranks + 8 * h);
-        }
+      for (int i = 0; i < 2 * together; i++) {
+        int block = min(first + i / 2, u.blocks - 1);
+        bool there = first + i / 2 < u.blocks;
+        values[i / 2][i % 2] = reinterpret_cast<const uint4 *>(u.x + block * BLOCK)[i % 2];
+        by[i / 2][i % 2] = there && kind != weight_kind::bf16 ? __ldg(u.scales + block * panel_ranks + i % 2 * 8) : there;
       }
 #pragma unroll
       for (int i = 0; i < together; i++) {
@@ -182,8 +184,8 @@ struct beside_warps {
 #pragma unroll
     for (int k = 0; k < 4; k++) {
       if (lane % 4 * 2 + k % 2 >= u.tokens) continue;
-      uint64_t value = uint64_t(launch) << 32 | __float_as_uint(sums[k]);
-      asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(u.to + k % 2 * part_stride() + k / 2 * 8), "l"(value) : "memory");
+      uint64_t value = uint64_t(launch) << 32 | __float_as_uint(sums[k]), *to = u.to + k % 2 * part_stride() + k / 2 * 8;
+      asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(value) : "memory");
     }
   }
 
@@ -399,8 +401,9 @@ struct beside_warps {
   __device__ void expand_piece(const beside_term &t, int slot, int member, int piece, int first_token,
                                const tile_run &run) const {
     int column = first_token + lane / 4 - t.token, first = first_token + lane % 4 * 2;
-    bool there[2] = {unsigned(first - t.token) < unsigned(t.n_tokens), unsigned(first + 1 - t.token) < unsigned(t.n_tokens)};
-    bool has_column = t.pieces && unsigned(column) < unsigned(t.n_tokens);
+    unsigned of_slot = unsigned(first - t.token), slot_tokens = unsigned(t.n_tokens);
+    bool there[2] = {of_slot < slot_tokens, of_slot + 1 < slot_tokens};
+    bool has_column = t.pieces && unsigned(column) < slot_tokens;
     const float *values = has_column ? hidden_at(member, slot) + (column * c.rank_pieces + piece) * panel_ranks : nullptr;
     operand_columns b;
     if constexpr (kind == weight_kind::bf16) b.load(values, nullptr, lane);

@@ -383,8 +383,7 @@ __device__ void adapt(const few_arguments &args, uint8_t *shared, const division
 }
 
 template <weight_kind kind, int products, bool adapted>
-__global__ void __maxnreg__(few_shape<products>::registers)
-    product_few(const __grid_constant__ few_arguments args) {
+__global__ void __maxnreg__(few_shape<products>::registers) product_few(const __grid_constant__ few_arguments args) {
   extern __shared__ __align__(1024) uint8_t shared[];
   division by(args, chunk_blocks<kind>);
   int warp = threadIdx.x / 32;
@@ -422,14 +421,16 @@ shared_plan plan_shared(const packed_matrix &w, int tokens, int parts, int group
 }
 
 // As few parts as give enough warps room, as many warps as there is shared memory for, beside so many others.
-few_plan plan_few(const product_context &context, const packed_matrix &w, int tokens, const beside_call *beside = nullptr) {
+few_plan plan_few(const product_context &context, const packed_matrix &w, int tokens,
+                  const beside_call *beside = nullptr) {
   few_plan plan = {};
   for (int parts = 1; parts <= most_parts && plan.warps < warps_enough; parts++) {
     int groups = groups_of(context, w, parts);
     int warps = tokens <= 8 ? few_shape<1>::warps : few_shape<2>::warps;
     int most = tokens <= 8 ? few_shape<1>::most_warps : few_shape<2>::most_warps, others = 0;
     if (groups == 0) break;
-    if (beside) warps = std::min(warps, most - beside->v_warps - beside->u_warps), others = least_beside(*beside, int(ceil_div(w.row_tiles, groups)), tokens);
+    if (beside) warps = std::min(warps, most - beside->v_warps - beside->u_warps);
+    if (beside) others = least_beside(*beside, int(ceil_div(w.row_tiles, groups)), tokens);
     while (warps > 0 && plan_shared(w, tokens, parts, groups, warps).bytes + others > context.shared_bytes) warps--;
     if (warps > plan.warps) plan = {parts, groups, warps, plan_shared(w, tokens, parts, groups, warps)};
   }
@@ -442,14 +443,19 @@ cudaError_t launch_products(const product_call &call) {
   few_arguments args = {call.w,  call.x,     call.x_stride, call.tokens, call.out, call.context->codebook,
                         plan.parts, plan.warps, plan.shared};
   int threads = plan.warps * 32, bytes = plan.shared.bytes;
-  if (adapted) args.beside = *call.beside, threads += (args.beside.v_warps + args.beside.u_warps) * 32, bytes = args.beside.plan.bytes;
+  if (adapted) {
+    args.beside = *call.beside;
+    threads += (args.beside.v_warps + args.beside.u_warps) * 32;
+    bytes = args.beside.plan.bytes;
+  }
   return launch_in_clusters(call, unsigned(plan.parts), product_few<kind, products, adapted>,
                             dim3(unsigned(plan.groups * plan.parts)), dim3(unsigned(threads)), size_t(bytes), args);
 }
 
 template <weight_kind kind>
 cudaError_t launch_kind(const product_call &call) {
-  if (call.beside) return call.tokens <= 8 ? launch_products<kind, 1, true>(call) : launch_products<kind, 2, true>(call);
+  if (call.beside)
+    return call.tokens <= 8 ? launch_products<kind, 1, true>(call) : launch_products<kind, 2, true>(call);
   return call.tokens <= 8 ? launch_products<kind, 1, false>(call) : launch_products<kind, 2, false>(call);
 }
 
@@ -498,7 +504,8 @@ bool plan_few_beside(const product_context &context, const packed_matrix &w, int
 }
 
 cudaError_t prepare_few(product_context &context) {
-  for (auto prepare : {prepare_kind<weight_kind::nf4>, prepare_kind<weight_kind::int8>, prepare_kind<weight_kind::bf16>}) {
+  for (auto prepare :
+       {prepare_kind<weight_kind::nf4>, prepare_kind<weight_kind::int8>, prepare_kind<weight_kind::bf16>}) {
     cudaError_t status = prepare(context);
     if (status != cudaSuccess) return status;
   }
