@@ -42,8 +42,7 @@ bool divide_beside(beside_call &call, int columns, int blocks) {
 static beside_plan plan_least(const beside_call &call, int tiles, int tokens, int first) {
   beside_plan plan = {};
   int slots = call.n_slots * call.n_members;
-  plan.ready = align_16(first);
-  plan.terms = plan.ready + 16;
+  plan.terms = align_16(first);
   plan.hidden = align_16(plan.terms + slots * int(sizeof(beside_term)));
   plan.changes = plan.hidden + slots * call.slot_tokens * call.rank_pieces * panel_ranks * int(sizeof(float));
   plan.v = plan.changes + tiles * tokens * tile_rows * int(call.vectors ? sizeof(float2) : sizeof(float));

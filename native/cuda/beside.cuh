@@ -21,7 +21,7 @@ namespace adaptrt {
 // Offsets into shared memory, and for how much there is room of what is fetched ahead: pieces of a warp's first unit of V,
 // and what a slot needs for a tile.
 struct beside_plan {
-  int ready, terms, hidden, changes, v, u, bytes, v_room, u_room;
+  int terms, hidden, changes, v, u, bytes, v_room, u_room;
 };
 
 // A slot is up to shrink_tokens tokens with one adapter; those of a stack come one after the other, in its order. What

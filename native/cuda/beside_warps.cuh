@@ -15,26 +15,8 @@ __device__ inline void arrive_threads(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-constexpr int tokens_barrier = 1, terms_barrier = 2, beside_barrier = 3;
-
-// Passed once all changes of the block are there: an arrival a warp.
-struct changes_ready {
-  uint32_t at;
-  __device__ changes_ready(uint8_t *shared, const beside_call &c) : at(shared_address(shared + c.plan.ready)) {}
-  __device__ void init(int warps) const {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(at), "r"(warps) : "memory");
-  }
-  __device__ void arrive() const {
-    asm volatile("{.reg .b64 state; mbarrier.arrive.shared.b64 state, [%0];}" ::"r"(at) : "memory");
-  }
-  __device__ void wait() const {
-    uint32_t passed;
-    do {
-      asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], 0; selp.u32 %0, 1, 0, p;}"
-                   : "=r"(passed) : "r"(at) : "memory");
-    } while (!passed);
-  }
-};
+// Of the warps that multiply, when the tokens are staged; of those beside them; of all, when changes are there.
+constexpr int tokens_barrier = 1, terms_barrier = 2, beside_barrier = 3, changes_barrier = 4;
 
 // y = gain * y + delta, [tiles, tokens, 16] of each; gains only with vectors.
 struct changes {
@@ -449,7 +431,7 @@ struct beside_warps {
     shrink(first, there, launch);
   }
 
-  // First the warps of U and those of V, then all together.
+  // First the warps of U and those of V, then all together. The other warps wait for changes_barrier.
   __device__ void run() {
     int all = c.u_warps + c.v_warps, of_all = warp;
     uint32_t launch = *c.step * most_launches_beside + c.launch;
@@ -469,8 +451,7 @@ struct beside_warps {
     gather(launch);
     sync_threads(beside_barrier, all * warp_size);
     expand();
-    __syncwarp();
-    if (lane == 0) changes_ready(shared, c).arrive();
+    arrive_threads(changes_barrier, blockDim.x);
   }
 };
 

@@ -284,6 +284,7 @@ struct run_of_warp {
   uint8_t *shared;
   int warp, tile, chunk;
   bool whole;  // all of the tile so far is this warp's
+  bool changes_there = false;
   float unit;
   token_reader<products> tokens;
   decoder<kind> decode;
@@ -324,12 +325,18 @@ struct run_of_warp {
     clear();
   }
   __device__ void put_tile() {
-    if (adapted && args.parts == 1) changes_ready(shared, args.beside).wait();
+    await_changes();
     for_each_item<products>(args.tokens, sums,
                             [&](int item, float sum) { put_sum<adapted>(shared, args, by, tile, item, sum * unit); });
   }
   __device__ void end_run() {
     if (chunk > 0) leave_part(tile_beginning);
+    await_changes();
+  }
+  // Once for every warp.
+  __device__ void await_changes() {
+    if (adapted && !changes_there) sync_threads(changes_barrier, blockDim.x);
+    changes_there = true;
   }
   __device__ void leave_part(tile_part part) {
     float *to = part_of(shared, args, warp, part);
@@ -352,7 +359,7 @@ __device__ void multiply_run(const few_arguments &args, uint8_t *shared, const d
   let_next_kernel_start();
   stage_tokens(shared + args.plan.tokens, args, by.first_chunk * chunk_blocks<kind>, by.row_chunks * chunk_blocks<kind>);
   if constexpr (adapted)
-    sync_threads(tokens_barrier, blockDim.x);
+    sync_threads(tokens_barrier, args.warps * 32);
   else
     __syncthreads();
   run_of_warp<kind, products, adapted> run(args, shared, by, warp, unit);
@@ -366,14 +373,11 @@ __device__ void multiply_run(const few_arguments &args, uint8_t *shared, const d
 
 // What the warps do that do not multiply.
 __device__ void adapt(const few_arguments &args, uint8_t *shared, const division &by, int warp) {
-  int lane = threadIdx.x % 32, warps = blockDim.x / 32 - args.warps;
-  if (warp == 0 && lane == 0) changes_ready(shared, args.beside).init(warps);
-  arrive_threads(tokens_barrier, int(blockDim.x));
   auto run = [&](auto kind) {
     int columns = int((args.w.cols + block_cols - 1) / block_cols);
     beside_warps<decltype(kind)::value>{args.beside,   args.x,        args.x_stride, int(args.w.rows),
                                         columns,       args.tokens,   by.first_tile, by.tiles,
-                                        warp,          warps,         lane,          shared}.run();
+                                        warp,          0,             int(threadIdx.x % 32), shared}.run();
   };
   switch (args.beside.kind) {
     case weight_kind::nf4: return run(std::integral_constant<weight_kind, weight_kind::nf4>());
