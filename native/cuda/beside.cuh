@@ -6,8 +6,9 @@
 //   h       every block adds up the sums that it needs, always in the same order
 //   U h     for the rows of the block's tiles, on tensor cores
 //
-// So there is no launch for adapters, nothing reads an output again, and all of it takes about as long as the shortest
-// product. Blocks wait for the sums of others: the launcher sees to it that all run at once.
+// So there is no launch for adapters, nothing reads an output again, and all of it takes less time than the shortest
+// product. Blocks wait for the sums of others, so all have to run at once: there are no more than multiprocessors (or
+// clusters that run at once), and the GPU hands out all blocks of a launch before those of a later one.
 //
 // For what is usual: stacks of adapters each with one low-rank term and at most a gain, all factors of one kind.
 #ifndef ADAPTRT_CUDA_BESIDE_CUH

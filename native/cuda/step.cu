@@ -76,7 +76,8 @@ graph_key key_of_step(const adrt_executable &e) {
   return key;
 }
 
-// What products need to know of adapters that they have inside.
+// What products need to know of adapters that they have inside. They read it before the kernel before them has ended; what
+// looks up embeddings starts after all before it, and every program begins with it.
 void find_terms(adrt_executable &e) {
   const plan &p = e.plan;
   beside_term *terms = e.beside_terms.as<beside_term>();
