@@ -294,9 +294,11 @@ def test_term(name: str) -> None:
 
 @needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("cols", [64, 1088])
+@pytest.mark.parametrize(
+    "cols", [64, 1088, 14400]
+)  # the last is too long for 8 tokens in one block of threads
 def test_adapters_beside_the_product(cols: int, dtype: str) -> None:
-    """Tokens with an adapter or none, few and more, on two layers with one input: steps that repeat and change."""
+    """Few tokens with stacks of adapters or none, on two layers with one input: steps that repeat and change."""
     tensors: dict[str, Any] = {}
     weight("w", 128, cols, "nf4", tensors)
     weight("v", 128, cols, "nf4", tensors, seed=2)
@@ -308,14 +310,22 @@ def test_adapters_beside_the_product(cols: int, dtype: str) -> None:
         {"v": Lowered((plain(33, 128, cols, 7, dtype, dtype),), g_out=random(8, 128))},
         {"w": Lowered((plain(1, 128, cols, 9, dtype, dtype),)), "v": Lowered(g_out=random(10, 128))},
     ]
-    many = (0, None, 1, 2, 2, 0, None) * 4
-    batches = [(0,), (1, 0), (None, 2, 0, 1, 2, None, 1, 0), (2,), many]
+    alone = [
+        [(1, (0,))],
+        [(1, (1,)), (1, (0,))],
+        [(1, (i,) if i < 3 else ()) for i in (3, 2, 0, 1, 2, 3, 1, 0)],
+    ]
+    shared = [[(3, (0,)), (1, ()), (2, (1, 0)), (1, (2, 1, 0))], [(8, (1,))], [(1, (0, 1, 2))]]
+    more = [[(1, () if a is None else (a,)) for a in (0, None, 1, 2, 2, 0, None) * 4], [(9, (1, 2))], [(1, (i % 3,)) for i in range(13)]]
     ours, theirs = load(model), reference(model)
     for executable in (ours, theirs):
-        executable.reserve(len(many))
+        executable.reserve(39)
         assert [executable.attach(one) for one in adapters] == [0, 1, 2]
-    for chosen in batches * 3:
-        runs = [Run([3 + i], 0, [i], () if a is None else (a,)) for i, a in enumerate(chosen)]
+    for chosen in (alone + shared + more) * 3:
+        runs = [
+            Run([i % VOCABULARY] * n, 0, range(3 * i, 3 * i + 3), stack)
+            for i, (n, stack) in enumerate(chosen)
+        ]
         assert_close(ours.step(batch(runs)), theirs.step(batch(runs)))
 
 
@@ -334,8 +344,10 @@ def test_adapters_of_a_large_head(dtype: str) -> None:
                 (plain(70, rows, cols, 2, "f32", "f16"), plain(2, rows, cols, 3)), c=random(6, rows)
             )
         },
+        {"head": Lowered((plain(64, rows, cols, 4),))},  # for 8 tokens more than shared memory takes at once
     ]
     for runs in (
+        [Run([i], stack=(2, 0) if i == 5 else (2,)) for i in range(8)],
         [Run([1], stack=(0,))],
         [Run([2, 3], stack=(1, 0)), Run([4], stack=()), Run([5], stack=(1,))],
     ):

@@ -66,10 +66,8 @@ adapter_call adapted_members::describe(const adrt_executable &e) const {
   return call;
 }
 
-// Whether adapters are as lone.cuh says; then of which kind, and how wide.
-bool adapted_members::are_lone(const adrt_executable &e, const adapter_call &call, lone_call &lone) const {
-  const segment_plan &s = segments(e);
-  if (!chunks(e) || !s.single || s.stacked) return false;
+// Whether each acting adapter is one low-rank term, all factors of one dtype; then of which kind, and how wide.
+bool adapted_members::one_term_each(const adrt_executable &e, weight_kind &kind, int &rank_pieces) const {
   int32_t dtype = -1;
   int64_t width = 0;
   for (const product_member &m : members_) {
@@ -80,18 +78,35 @@ bool adapted_members::are_lone(const adrt_executable &e, const adapter_call &cal
     dtype = std::max(dtype, a.dtype);
     width = std::max(width, a.width);
   }
-  lone = {call, panel_kind(dtype), int(shrink_chunks(width)), records(e)};
+  kind = panel_kind(dtype), rank_pieces = int(shrink_chunks(width));
   return true;
 }
 
-bool adapted_members::can_ride(const adrt_executable &e, const adapter_call &call, const packed_matrix &product,
-                               ride_call &ride) const {
-  lone_call lone;
-  if (!next_sees_input(e.products.context, product, tokens(e)) || !are_lone(e, call, lone)) return false;
-  for (const product_member &m : members_)
+// Whether adapters are as lone.cuh says.
+bool adapted_members::are_lone(const adrt_executable &e, const adapter_call &call, lone_call &lone) const {
+  const segment_plan &s = segments(e);
+  if (!chunks(e) || !s.single || s.stacked) return false;
+  lone = {call, {}, 0, records(e)};
+  return one_term_each(e, lone.kind, lone.rank_pieces);
+}
+
+bool adapted_members::fit_beside(adrt_executable &e, const packed_matrix &product, beside_call &beside) const {
+  const segment_plan &s = segments(e);
+  if (!chunks(e) || e.launches_beside >= most_launches_beside) return false;
+  beside = {e.beside_terms.as<beside_term>() + (head_ ? e.first_logit_term() : 0), int(s.shrink_tiles.size()),
+            s.single ? 1 : std::min(shrink_tokens, tokens(e))};
+  if (!one_term_each(e, beside.kind, beside.rank_pieces)) return false;
+  int64_t tile = 0;
+  for (const product_member &m : members_) {
+    beside.members[beside.n_members++] = {std::max(m.target, 0), int32_t(tile += m.w.row_tiles)};
+    if (!acts(e, m.target)) continue;
     if (maps_input(e, m)) return false;
-  ride = {call, lone.kind, lone.rank_pieces};
-  return plan_ride(ride, e.riding.bytes(), e.multiprocessors);
+    beside.vectors = beside.vectors || acting(e, m).vectors;
+  }
+  beside.parts = e.beside.as<uint64_t>(), beside.step = e.plan.device_number;
+  if (!plan_beside(e.products.context, product, tokens(e), beside)) return false;
+  beside.launch = ++e.launches_beside;
+  return true;
 }
 
 // V x of the terms in common, once a V.

@@ -3,9 +3,9 @@
 #define ADAPTRT_CUDA_ADAPTED_CUH
 #include <vector>
 
+#include "beside.cuh"
 #include "executable.cuh"
 #include "lone.cuh"
-#include "ride.cuh"
 
 namespace adaptrt {
 
@@ -28,9 +28,8 @@ class adapted_members {
 
   // x and y are the caller's to fill in.
   adapter_call describe(const adrt_executable &e) const;
-  // Whether `product` takes all adapters along in one launch beside it, `ride`.
-  bool can_ride(const adrt_executable &e, const adapter_call &call, const packed_matrix &product,
-                ride_call &ride) const;
+  // Whether `product` has room for all adapters inside it, as `beside`.
+  bool fit_beside(adrt_executable &e, const packed_matrix &product, beside_call &beside) const;
   // What needs no product: V x. The result says what is left.
   extend_call before(adrt_executable &e, const adapter_call &call) const;
   void after(adrt_executable &e, const adapter_call &call, const extend_call &left) const;
@@ -43,6 +42,7 @@ class adapted_members {
   bool has_other(const adrt_executable &e, const product_member &m) const;
   int64_t chunks(const adrt_executable &e) const;
   const term_record *records(const adrt_executable &e) const { return head_ ? nullptr : e.records; }
+  bool one_term_each(const adrt_executable &e, weight_kind &kind, int &rank_pieces) const;
   bool are_lone(const adrt_executable &e, const adapter_call &call, lone_call &lone) const;
   extend_call project(adrt_executable &e, const adapter_call &call) const;
 

@@ -80,6 +80,7 @@ class attaching {
     const term *only = in.n_terms == 1 ? &terms_.back() : nullptr;
     bool low_rank = only && only->kind == ADRT_LOW_RANK && !only->identity && only->u.dtype == only->v.dtype;
     host.lone = (low_rank || !in.n_terms) && !in.c;
+    host.vectors = in.g_out || (low_rank && only->e);
     host.dtype = low_rank ? only->u.dtype : -1;
   }
 

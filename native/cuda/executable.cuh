@@ -82,6 +82,7 @@ struct host_attachment {
   // Whether it is one low-rank term with a U, and at most a gain, all factors of the same dtype here.
   bool lone = false;
   int32_t dtype = 0;
+  bool vectors = false;  // of outputs: e or g_out
 };
 
 // Records are made for so many tokens: for fewer another launch is not worth it.
@@ -183,11 +184,12 @@ struct adrt_executable {
   __nv_bfloat16 *gathered = nullptr;  // [tokens, width of the head's input]
   int32_t logit_room = 0;
   adaptrt::device_memory logits;      // [logit_room, logit_rows] float
-  adaptrt::device_memory mapped_memory, workspace, partial, arrived, hidden, projected, riding, record_memory;
+  adaptrt::device_memory mapped_memory, workspace, partial, arrived, hidden, projected, record_memory, beside, beside_terms;
   adaptrt::term_record *records = nullptr;  // [points, tokens] of the step, or none
   adaptrt::pinned_memory host_logits;
 
   adaptrt::plan plan;
+  uint32_t launches_beside = 0;  // of products with adapters inside, in the step
   adaptrt::graph_cache graphs;
 
   int64_t largest_queries = 0;  // halves a token
@@ -200,6 +202,7 @@ struct adrt_executable {
   uint64_t generation = 0;                              // counts what makes graphs stale: memory that moved
 
   adaptrt::queue queue() const { return {queues.main, hopper}; }
+  size_t first_logit_term() const { return points.size() * plan.tokens.shrink_tiles.size(); }  // of beside_terms
   adaptrt::source source_of(const adaptrt::view &v) const;
   adaptrt::destination destination_of(const adaptrt::view &v) const;
 };

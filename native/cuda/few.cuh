@@ -1,11 +1,17 @@
 // How products for up to 16 tokens are divided (product_few.cu says into what), and what lies where in shared memory.
 #ifndef ADAPTRT_CUDA_FEW_CUH
 #define ADAPTRT_CUDA_FEW_CUH
+#include "beside.cuh"
 #include "launch.cuh"
 
 namespace adaptrt {
 
-constexpr int most_warps = 16;
+constexpr int most_warps = 16;  // that multiply
+
+// Of a thread, and how many warps a block has then: more than those where adapters are worked out beside them.
+constexpr int registers_of(int products, bool adapted) { return products == 1 ? 104 : adapted ? 112 : 128; }
+constexpr int warps_of(int products, bool adapted) { return 65536 / 32 / registers_of(products, adapted); }
+
 constexpr int product_sums = tile_rows * 8;  // of a tile and 8 tokens
 constexpr int long_tokens = 128 * 1024;  // bytes of all: so many a block fetches faster than a cluster adds its sums
 
@@ -55,8 +61,9 @@ inline few_division divide(const product_context &context, const packed_matrix &
   return d;
 }
 
-// Room for all sums, or for those of some rounds.
-inline few_plan plan_memory(const product_context &context, const packed_matrix &w, int tokens, int span, few_division d) {
+// Room for all sums, or for those of some rounds, beside what adapters need.
+inline few_plan plan_memory(const product_context &context, const packed_matrix &w, int tokens, int span, few_division d,
+                            const beside_call *beside) {
   few_plan plan = {d, {}};
   if (d.groups == 0) return plan;
   int tiles = int(ceil_div(w.row_tiles, d.groups)), warps = d.columns * d.teams;
@@ -66,25 +73,27 @@ inline few_plan plan_memory(const product_context &context, const packed_matrix 
   shared_plan &s = plan.shared;
   s.warps = w.kind == weight_kind::nf4 ? pair_table_bytes : 0;
   s.sums = d.passes > 1 ? token_bytes : 0;
-  int room = (context.shared_bytes - s.warps - inbox) / warps / 128 * 128, at_once = (room - s.sums) / sum_bytes;
+  int end = context.shared_bytes - (beside ? least_beside(*beside, tiles, tokens) : 0);
+  int room = (end - s.warps - inbox) / warps / 128 * 128, at_once = (room - s.sums) / sum_bytes;
   if (at_once > 0) at_once = int(ceil_div(d.rounds, ceil_div(d.rounds, at_once)));
   s.warp_bytes = s.sums + at_once * sum_bytes;
   if (s.warp_bytes < token_bytes) s.warp_bytes = token_bytes;
   s.inbox = s.warps + warps * s.warp_bytes;
   s.bytes = s.inbox + inbox;
   plan.divided.rounds_at_once = at_once;
-  if (at_once <= 0 || s.bytes > context.shared_bytes) plan.divided.groups = 0;
+  if (at_once <= 0 || s.bytes > end) plan.divided.groups = 0;
   return plan;
 }
 
 // As few parts as make the tokens short, as many warps as there is room for.
-inline few_plan plan_few(const product_context &context, const packed_matrix &w, int tokens) {
+inline few_plan plan_few(const product_context &context, const packed_matrix &w, int tokens,
+                         const beside_call *beside = nullptr) {
   few_plan best = {};
   int span = span_of(w.kind, tokens <= 8 ? 1 : 2);
   for (int parts = 1; parts <= most_parts; parts *= 2) {
     few_plan plan = {};
     for (int warps = most_warps; warps > 0 && plan.divided.groups == 0; warps /= 2)
-      plan = plan_memory(context, w, tokens, span, divide(context, w, span, parts, warps));
+      plan = plan_memory(context, w, tokens, span, divide(context, w, span, parts, warps), beside);
     if (plan.divided.groups > 0) best = plan;
     if (w.col_blocks * 128 * tokens <= int64_t(long_tokens) * parts && best.divided.groups > 0) break;
   }

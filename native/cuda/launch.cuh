@@ -29,6 +29,7 @@ struct product_call {
   product_output out;
   void *workspace;
   cudaStream_t stream;
+  const beside_call *beside;  // or NULL; product_few.cu only
 };
 
 // Columns in boxes of 64, tokens in boxes of n: what one copy to shared memory fetches, on Hopper.
@@ -38,6 +39,7 @@ cudaError_t describe_tokens(const product_call &call, int n, CUtensorMap *map);
 int few_tokens_at_once(const product_context &context, const packed_matrix &w);
 cudaError_t launch_few(const product_call &call);
 cudaError_t prepare_few(product_context &context);
+bool plan_few_beside(const product_context &context, const packed_matrix &w, int tokens, beside_call &call);
 
 // product_some.cu: nf4 and int8, up to some_tokens tokens, on Hopper.
 constexpr int some_tokens = 112;

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "beside.cuh"
 #include "executable.cuh"
 
 namespace adaptrt {
@@ -109,6 +110,7 @@ void add_segments(layout &out, segment_plan &s) {
 bool lay_out(const adrt_batch &b, plan &p) {
   layout out(p);
   size_t n = size_t(b.n_tokens);
+  out.add(&p.number, 1, &p.device_number);
   out.add(b.tokens, n, &p.device_tokens);
   out.add(b.positions, n, &p.device_positions);
   out.add(p.token_pages.data(), n, &p.device_token_pages);
@@ -124,6 +126,7 @@ bool lay_out(const adrt_batch &b, plan &p) {
 
 bool make_plan(const adrt_executable &e, const adrt_batch &b, plan &p) {
   std::vector<int32_t> token_runs(size_t(b.n_tokens)), logit_runs(size_t(b.n_logits));
+  p.number = (p.number + 1) % (UINT32_MAX / most_launches_beside);
   p.n_tokens = b.n_tokens;
   p.n_logits = b.n_logits;
   p.adapted = b.stack_start[b.n_runs] > 0;

@@ -31,6 +31,7 @@ struct query_plan {
 };
 
 struct plan {
+  uint32_t number = 0;  // of the step, from zero on again when it does not fit beside the numbers of launches (beside.cuh)
   int32_t n_tokens = 0, n_logits = 0;
   bool gathers = false;  // the logit rows are not simply all tokens
   bool adapted = false;  // some run has a stack
@@ -41,6 +42,7 @@ struct plan {
   std::vector<size_t> offsets;  // of the arrays in memory: equal for plans that need the same launches
   const int32_t *device_tokens = nullptr, *device_positions = nullptr, *device_token_pages = nullptr,
                 *device_logit_rows = nullptr, *device_pages = nullptr;
+  const uint32_t *device_number = nullptr;
   pinned_memory host;
   device_memory device;
   size_t bytes = 0;  // of both that the step uses

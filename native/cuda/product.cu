@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <new>
 
+#include "beside.cuh"
 #include "quant_tables.h"
 #include "launch.cuh"
 
@@ -89,15 +90,16 @@ static cudaError_t launch_in_groups(product_call call) {
   return cudaSuccess;
 }
 
-bool next_sees_input(const product_context *context, const packed_matrix &w, int tokens) {
-  return choose(*context, w, tokens) == way::few && tokens <= few_tokens_at_once(*context, w);
+bool plan_beside(const product_context *context, const packed_matrix &w, int tokens, beside_call &call) {
+  return choose(*context, w, tokens) == way::few && tokens <= few_tokens_at_once(*context, w) &&
+         plan_few_beside(*context, w, tokens, call);
 }
 
 cudaError_t launch_product(const product_context *context, const packed_matrix &w, const __nv_bfloat16 *x,
                            int64_t x_stride, int tokens, const product_output &out, void *workspace,
-                           cudaStream_t stream) {
+                           cudaStream_t stream, const beside_call *beside) {
   if (tokens < 1) return tokens ? cudaErrorInvalidValue : cudaSuccess;
-  product_call call = {context, w, x, x_stride, tokens, out, workspace, stream};
+  product_call call = {context, w, x, x_stride, tokens, out, workspace, stream, beside};
   switch (choose(*context, w, tokens)) {
     case way::dense: return launch_dense(call);
     case way::some: return launch_some(call);

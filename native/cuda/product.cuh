@@ -65,14 +65,12 @@ void product_destroy(product_context *context);
 size_t product_workspace_bytes(const product_context *context, const packed_matrix &w, int max_tokens);
 constexpr size_t workspace_zero_bytes = 64 * 1024;
 
-// x: [tokens, cols] bf16 aligned to 16 bytes, x_stride (elements between tokens) a multiple of 8.
+// x: [tokens, cols] bf16 aligned to 16 bytes, x_stride (elements between tokens) a multiple of 8. `beside`: adapters of
+// the output, planned by plan_beside (beside.cuh).
+struct beside_call;
 cudaError_t launch_product(const product_context *context, const packed_matrix &w, const __nv_bfloat16 *x,
                            int64_t x_stride, int tokens, const product_output &out, void *workspace,
-                           cudaStream_t stream);
-
-// Whether the kernel after such a product may read the product's input, and what came before that, without waiting: it
-// does not start before the product has waited. Then it must wait before it ends.
-bool next_sees_input(const product_context *context, const packed_matrix &w, int tokens);
+                           cudaStream_t stream, const beside_call *beside = nullptr);
 
 // out[i, :] = row indices[i] of W as float; out_stride in elements. An index outside of the matrix gives zeros.
 cudaError_t launch_rows(const packed_matrix &w, const int32_t *indices, int n, float *out, int64_t out_stride,

@@ -12,6 +12,7 @@
 //
 // After the kernel before only tokens are waited for, by each warp for its own. Lookups limit what follows, and short
 // kernels the fetching of their instructions: more loads on their way make neither faster.
+#include "beside_warps.cuh"
 #include "few.cuh"
 #include "hopper.cuh"
 
@@ -26,7 +27,9 @@ struct few_arguments {
   product_output out;
   nf4_values codebook;
   few_division divided;
+  int warps;  // that multiply; more are beside them
   shared_plan plan;
+  beside_call beside;
 };
 
 // ---- the division of work ----
@@ -190,13 +193,6 @@ struct weight_stream {
 
 // ---- products ----
 
-__device__ void multiply_add(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 // Unscaled codes times tokens, a block's scale applied to its sum.
 template <weight_kind kind, int span, int products>
 __device__ void multiply_block(float sums[products][4], const weight_chunk<kind, span> &chunk, int i,
@@ -275,45 +271,55 @@ struct cluster_sums {
 #endif
 };
 
-// The block's sum for an item of [tokens, 16] of its tile number `tile`: the result, or the block's part of it.
-__device__ void put_sum(uint8_t *shared, const few_arguments &args, const division &by, int tile, int item, float sum) {
+// The result for an item of [tokens, 16] of the block's tile number `tile`.
+template <bool adapted>
+__device__ void put_result(uint8_t *shared, const few_arguments &args, const division &by, int tile, int item, float sum) {
   int64_t row = int64_t(by.first_tile + tile) * tile_rows + item % tile_rows;
+  if constexpr (adapted) {
+    changes at = changes_of(shared, args.beside, by.tiles, args.tokens);
+    at.step(tile * args.tokens * tile_rows + item);
+    sum = *at.delta + (args.beside.vectors ? *at.gain * sum : sum);
+  }
+  if (row < args.w.rows) store_result(args.out, item / tile_rows, row, sum);
+}
+
+// The block's sum for an item: the result, or the block's part of it.
+template <bool adapted>
+__device__ void put_sum(uint8_t *shared, const few_arguments &args, const division &by, int tile, int item, float sum) {
 #if __CUDA_ARCH__ >= 900
   if (args.divided.parts > 1) {
     cluster_sums(shared, args, by).send(tile * args.tokens * tile_rows + item, sum);
     return;
   }
 #endif
-  if (row < args.w.rows) store_result(args.out, item / tile_rows, row, sum);
+  put_result<adapted>(shared, args, by, tile, item, sum);
 }
 
 // The warps' sums of the rounds from `first` to `end`.
-template <int products>
+template <int products, bool adapted>
 __device__ void join_warps(uint8_t *shared, const few_arguments &args, const division &by, int first, int end, float unit) {
   int n = args.tokens * tile_rows, teams = args.divided.teams, first_tile = first * teams;
   int count = (min(end * teams, by.tiles) - first_tile) * n, stride = args.plan.warp_bytes / int(sizeof(float));
-  for (int i = threadIdx.x; i < count; i += blockDim.x) {
+  for (int i = threadIdx.x; i < count; i += args.warps * 32) {
     int tile = i / n, item = i - tile * n, round = teams == 1 ? tile : tile / teams;
     const float *from = reinterpret_cast<float *>(own_memory(shared, args, tile - round * teams, 0) + args.plan.sums) +
                         round * products * product_sums + sum_place(item % tile_rows, item / tile_rows);
     float sum = 0;
 #pragma unroll 8
     for (int column = 0; column < args.divided.columns; column++) sum += from[column * stride];
-    put_sum(shared, args, by, first_tile + tile, item, sum * unit);
+    put_sum<adapted>(shared, args, by, first_tile + tile, item, sum * unit);
   }
 }
 
 // The block's share of the cluster's results.
+template <bool adapted>
 __device__ void join_blocks(uint8_t *shared, const few_arguments &args, const division &by) {
 #if __CUDA_ARCH__ >= 900
   cluster_sums sums(shared, args, by);
   int n = args.tokens * tile_rows;
   wait_barrier(sums.barrier, 0);
-  for (int i = threadIdx.x * sums.parts + by.part; i < by.tiles * n; i += blockDim.x * sums.parts) {
-    int64_t row = int64_t(by.first_tile + i / n) * tile_rows + i % tile_rows;
-    float sum = sums.sum_of(i);
-    if (row < args.w.rows) store_result(args.out, i % n / tile_rows, row, sum);
-  }
+  for (int i = threadIdx.x * sums.parts + by.part; i < by.tiles * n; i += args.warps * 32 * sums.parts)
+    put_result<adapted>(shared, args, by, i / n, i % n, sums.sum_of(i));
 #endif
 }
 
@@ -351,58 +357,115 @@ struct warp_run {
   }
 };
 
-template <weight_kind kind, int products>
-__global__ void __maxnreg__(products == 1 ? 104 : 128) product_few(const __grid_constant__ few_arguments args) {
-  extern __shared__ __align__(1024) uint8_t shared[];
+// A barrier of the warps that multiply.
+template <bool adapted>
+__device__ void sync_multipliers(const few_arguments &args) {
+  if constexpr (adapted)
+    sync_threads(multipliers_barrier, args.warps * 32);
+  else
+    __syncthreads();
+}
+
+template <weight_kind kind, int products, bool adapted>
+__device__ void multiply(const few_arguments &args, uint8_t *shared, const division &by) {
   constexpr int span = span_of(kind, products);
-  division by(args.divided, args.divided.tile_blocks / span);
   weight_stream<kind, span> stream(args, by);
   weight_chunk<kind, span> weights;
 #pragma unroll
   for (int i = 0; i < span; i++) stream.fetch(weights, i);
   stream.step();
-  if constexpr (kind == weight_kind::nf4) fill_pair_table(shared, args.codebook, blockDim.x);
+  if constexpr (kind == weight_kind::nf4) fill_pair_table(shared, args.codebook, args.warps * 32);
   float unit = decoder<kind>::scaled ? *args.w.unit : 1.f;
 #if __CUDA_ARCH__ >= 900
   if (args.divided.parts > 1) cluster_sums(shared, args, by).begin();
 #endif
-  __syncthreads();
+  sync_multipliers<adapted>(args);
   uint8_t *own = own_memory(shared, args, by.team, by.column);
   token_copies<span> tokens(args, by, own);
   wait_for_kernel_before();
-  let_next_kernel_start();  // not earlier: next_sees_input
+  let_next_kernel_start();
   tokens.stage();
   warp_run<kind, span, products> run(args, by, shared, own);
   while (!run.at.ended(by)) {
     int first = run.at.first;
     do run.multiply(weights, stream);
     while (run.at.first == first);
-    __syncthreads();
+    sync_multipliers<adapted>(args);
 #if __CUDA_ARCH__ >= 900
     if (args.divided.parts > 1 && first == 0) wait_at_cluster();
 #endif
-    join_warps<products>(shared, args, by, first, run.at.first, unit);
-    if (!run.at.ended(by)) __syncthreads();
+    if (adapted && first == 0) sync_threads(changes_barrier, blockDim.x);
+    join_warps<products, adapted>(shared, args, by, first, run.at.first, unit);
+    if (!run.at.ended(by)) sync_multipliers<adapted>(args);
   }
-  if (args.divided.parts > 1) join_blocks(shared, args, by);
+  if (args.divided.parts > 1) join_blocks<adapted>(shared, args, by);
+}
+
+// What the warps do that do not multiply. Barriers of the cluster count them, too.
+__device__ void adapt(const few_arguments &args, uint8_t *shared, const division &by) {
+#if __CUDA_ARCH__ >= 900
+  if (args.divided.parts > 1) arrive_at_cluster();
+#endif
+  auto run = [&](auto kind) {
+    int columns = int((args.w.cols + block_cols - 1) / block_cols);
+    beside_warps<decltype(kind)::value>{args.beside,   args.x,        args.x_stride, int(args.w.rows),
+                                        columns,       args.tokens,   by.first_tile, by.tiles,
+                                        int(threadIdx.x / 32) - args.warps,      0,  int(threadIdx.x % 32), shared}.run();
+  };
+  switch (args.beside.kind) {
+    case weight_kind::nf4: run(std::integral_constant<weight_kind, weight_kind::nf4>()); break;
+    case weight_kind::int8: run(std::integral_constant<weight_kind, weight_kind::int8>()); break;
+    default: run(std::integral_constant<weight_kind, weight_kind::bf16>());
+  }
+#if __CUDA_ARCH__ >= 900
+  if (args.divided.parts > 1) wait_at_cluster();
+#endif
+}
+
+template <weight_kind kind, int products, bool adapted>
+__global__ void __maxnreg__(registers_of(products, adapted)) product_few(const __grid_constant__ few_arguments args) {
+  extern __shared__ __align__(1024) uint8_t shared[];
+  division by(args.divided, args.divided.tile_blocks / span_of(kind, products));
+  if (!adapted || int(threadIdx.x) < args.warps * 32)
+    multiply<kind, products, adapted>(args, shared, by);
+  else
+    adapt(args, shared, by);
 }
 
 // ---- launching ----
 
-template <weight_kind kind, int products>
+template <weight_kind kind, int products, bool adapted>
 cudaError_t launch_products(const product_call &call) {
-  few_plan plan = plan_few(*call.context, call.w, call.tokens);
+  few_plan plan = plan_few(*call.context, call.w, call.tokens, call.beside);
   const few_division &d = plan.divided;
   few_arguments args = {call.w,   call.x, call.x_stride, call.tokens, call.out, call.context->codebook,
-                        plan.divided, plan.shared};
-  return launch_in_clusters(call, unsigned(d.parts), product_few<kind, products>,
-                            dim3(unsigned(d.parts), unsigned(d.groups)), dim3(unsigned(d.columns * d.teams * 32)),
-                            size_t(plan.shared.bytes), args);
+                        d, d.columns * d.teams, plan.shared};
+  int warps = args.warps, bytes = plan.shared.bytes;
+  if (adapted) {
+    args.beside = *call.beside;
+    warps += args.beside.v_warps + args.beside.u_warps;
+    bytes = args.beside.plan.bytes;
+  }
+  return launch_in_clusters(call, unsigned(d.parts), product_few<kind, products, adapted>,
+                            dim3(unsigned(d.parts), unsigned(d.groups)), dim3(unsigned(warps * 32)), size_t(bytes), args);
 }
 
 template <weight_kind kind>
 cudaError_t launch_kind(const product_call &call) {
-  return call.tokens <= 8 ? launch_products<kind, 1>(call) : launch_products<kind, 2>(call);
+  if (call.beside)
+    return call.tokens <= 8 ? launch_products<kind, 1, true>(call) : launch_products<kind, 2, true>(call);
+  return call.tokens <= 8 ? launch_products<kind, 1, false>(call) : launch_products<kind, 2, false>(call);
+}
+
+template <weight_kind kind>
+cudaError_t prepare_kind(const product_context &context) {
+  for (auto kernel : {product_few<kind, 1, false>, product_few<kind, 1, true>, product_few<kind, 2, false>,
+                      product_few<kind, 2, true>}) {
+    cudaError_t status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, context.shared_bytes);
+    if (status != cudaSuccess) return status;
+  }
+  return cudaSuccess;
 }
 
 // How many clusters of so many blocks run at once.
@@ -416,7 +479,7 @@ cudaError_t count_clusters(product_context &context, int blocks) {
   config.dynamicSmemBytes = size_t(context.shared_bytes);
   config.attrs = &cluster;
   config.numAttrs = 1;
-  return cudaOccupancyMaxActiveClusters(&context.clusters[blocks], product_few<weight_kind::nf4, 2>, &config);
+  return cudaOccupancyMaxActiveClusters(&context.clusters[blocks], product_few<weight_kind::nf4, 2, false>, &config);
 }
 
 }  // namespace
@@ -427,17 +490,25 @@ int few_tokens_at_once(const product_context &context, const packed_matrix &w) {
   return tokens;
 }
 
+bool plan_few_beside(const product_context &context, const packed_matrix &w, int tokens, beside_call &call) {
+  few_division alone = plan_few(context, w, tokens).divided;
+  int columns = int(ceil_div(w.cols, block_cols)), most = warps_of(tokens <= 8 ? 1 : 2, true);
+  int spare = most - alone.columns * alone.teams;
+  if (alone.groups == 0 || !divide_beside(call, columns, alone.parts * alone.groups, spare)) return false;
+  few_plan plan = plan_few(context, w, tokens, &call);
+  const few_division &d = plan.divided;
+  if (d.groups != alone.groups || d.parts != alone.parts) return false;
+  if (d.columns * d.teams + call.u_warps + call.v_warps > most) return false;
+  plan_room_beside(call, int(ceil_div(w.row_tiles, d.groups)), tokens, columns, plan.shared.bytes, context.shared_bytes);
+  return true;
+}
+
 cudaError_t prepare_few(product_context &context) {
-  void (*kernels[])(few_arguments) = {product_few<weight_kind::nf4, 1>,  product_few<weight_kind::nf4, 2>,
-                                      product_few<weight_kind::int8, 1>, product_few<weight_kind::int8, 2>,
-                                      product_few<weight_kind::bf16, 1>, product_few<weight_kind::bf16, 2>};
-  for (auto kernel : kernels) {
-    cudaError_t status =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, context.shared_bytes);
-    if (status != cudaSuccess) return status;
-  }
-  context.clusters[1] = context.multiprocessors;
   cudaError_t status = cudaSuccess;
+  for (auto prepare :
+       {prepare_kind<weight_kind::nf4>, prepare_kind<weight_kind::int8>, prepare_kind<weight_kind::bf16>})
+    if (status == cudaSuccess) status = prepare(context);
+  context.clusters[1] = context.multiprocessors;
   for (int blocks = 2; context.hopper && blocks <= most_parts && status == cudaSuccess; blocks *= 2)
     status = count_clusters(context, blocks);
   return status;

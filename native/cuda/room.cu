@@ -3,8 +3,8 @@
 
 #include <algorithm>
 
+#include "beside.cuh"
 #include "executable.cuh"
-#include "ride.cuh"
 
 namespace adaptrt {
 namespace {
@@ -124,9 +124,11 @@ void make_adapter_room(adrt_executable &e) {
   grow(e, e.hidden, size_t(rows * width) * sizeof(float), "adapters");
   int64_t tokens_or_logits = std::max(e.plan.n_tokens, e.plan.n_logits);
   grow(e, e.projected, size_t(tokens_or_logits * projected) * sizeof(float), "adapters");
-  if (grow(e, e.riding, ride_bytes(e.multiprocessors), "adapters"))
-    check(cudaMemsetAsync(e.riding.bytes(), 0, e.riding.size(), e.queues.main), "adapters");
   make_record_room(e);
+  if (grow(e, e.beside, beside_bytes, "adapters"))
+    check(cudaMemsetAsync(e.beside.bytes(), 0, e.beside.size(), e.queues.main), "adapters");
+  size_t slots = e.plan.tokens.shrink_tiles.size() + e.plan.logits.shrink_tiles.size();
+  grow(e, e.beside_terms, e.points.size() * slots * sizeof(beside_term), "adapters");
   if (!maps) return;
   int64_t stride = cpu_align(e.widest_input, BLOCK), tokens = e.token_room;
   size_t narrow = size_t(cpu_align(tokens * stride * int64_t(sizeof(__nv_bfloat16)), 256));
@@ -165,6 +167,8 @@ void make_room(adrt_executable &e) {
   make_attention_room(e);
   e.records = nullptr;
   if (e.plan.adapted) make_adapter_room(e);
+  if (e.plan.number == 0 && e.beside.size())  // what it has of numbers that come again
+    check(cudaMemsetAsync(e.beside.bytes(), 0, e.beside.size(), e.queues.main), "adapters");
 }
 
 void reserve_pages(adrt_executable &e, int32_t n_pages) {

@@ -72,19 +72,17 @@ class product_stage : public stage {
   void launch(adrt_executable &e) const override {
     if (!members_.tokens(e)) return;
     adapter_call call = describe(e);
-    ride_call ride;
-    if (members_.can_ride(e, call, all_, ride)) {
-      e.weights.acquire(block_);
-      product(e, all_, call, call.x, 0);
-      e.weights.release(block_);
-      launch_ride(e.queue(), ride, e.multiprocessors);
-    } else {
-      extend_call left = members_.before(e, call);  // the product fills its pipeline with weights meanwhile
-      e.weights.acquire(block_);
+    beside_call beside;
+    bool fits = members_.fit_beside(e, all_, beside);
+    extend_call left;
+    if (!fits) left = members_.before(e, call);  // the product fills its pipeline with weights meanwhile
+    e.weights.acquire(block_);
+    if (fits)
+      product(e, all_, call, call.x, 0, &beside);
+    else
       multiply(e, call);
-      e.weights.release(block_);
-      members_.after(e, call, left);
-    }
+    e.weights.release(block_);
+    if (!fits) members_.after(e, call, left);
     if (!head_) narrow(e, out_);
   }
 
@@ -127,11 +125,11 @@ class product_stage : public stage {
     }
   }
 
-  void product(adrt_executable &e, const packed_matrix &w, const adapter_call &call, const __nv_bfloat16 *x,
-               int64_t row) const {
+  void product(adrt_executable &e, const packed_matrix &w, const adapter_call &call, const __nv_bfloat16 *x, int64_t row,
+               const beside_call *beside = nullptr) const {
     product_output out = {call.y + row, call.y_stride, false, false};
     check(launch_product(e.products.context, e.weights.at(block_, w), x, call.x_stride, members_.tokens(e), out,
-                         e.workspace.bytes(), e.queues.main),
+                         e.workspace.bytes(), e.queues.main, beside),
           "product");
   }
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "beside.cuh"
 #include "executable.cuh"
 
 namespace adaptrt {
@@ -23,7 +24,7 @@ uint64_t hash_of(const std::vector<host_attachment> &all) {
   uint64_t hash = 0xcbf29ce484222325u;
   for (const host_attachment &a : all)
     for (int64_t v : {int64_t(a.acts), int64_t(a.maps_input), a.width, a.more_terms, int64_t(a.alone), int64_t(a.lone),
-                      int64_t(a.dtype), a.v ? a.v->number : 0, a.u ? a.u->number : 0})
+                      int64_t(a.dtype), int64_t(a.vectors), a.v ? a.v->number : 0, a.u ? a.u->number : 0})
       hash = (hash ^ uint64_t(v)) * 0x100000001b3u;
   return hash;
 }
@@ -38,6 +39,7 @@ void join(host_attachment &all, const host_attachment &one) {
   all.lone = (first || all.lone) && one.lone && one_dtype;
   all.dtype = first || all.dtype < 0 ? one.dtype : all.dtype;
   all.acts = true;
+  all.vectors = all.vectors || one.vectors;
   all.maps_input = all.maps_input || one.maps_input;
   all.width = std::max(all.width, one.width);
   all.more_terms = std::max(all.more_terms, one.more_terms);
@@ -74,11 +76,26 @@ graph_key key_of_step(const adrt_executable &e) {
   return key;
 }
 
+// What products need to know of adapters that they have inside. They read it before the kernel before them has ended; what
+// looks up embeddings starts after all before it, and every program begins with it.
+void find_terms(adrt_executable &e) {
+  const plan &p = e.plan;
+  beside_term *terms = e.beside_terms.as<beside_term>();
+  auto table = [](const segment_plan &s, beside_term *to) {
+    return term_table{s.device_shrink_tiles, int(s.shrink_tiles.size()), to};
+  };
+  e.launches_beside = 0;
+  if (p.adapted)
+    launch_find_terms(e.queue(), {{table(p.tokens, terms), table(p.logits, terms + e.first_logit_term())}},
+                      int(e.points.size()));
+}
+
 void enqueue(adrt_executable &e) {
   const plan &p = e.plan;
   if (e.records)
     launch_resolve(e.queue(), p.tokens.device_applications, p.tokens.device_heads, p.n_tokens, int(e.points.size()),
                    e.records);
+  find_terms(e);
   for (const rope_table &t : e.rope_tables)
     launch_fill_rope(e.queue(), p.device_positions, p.n_tokens, t.inverse, int(t.values.size()), t.factor, t.cos_sin);
   for (const std::unique_ptr<stage> &s : e.stages) s->launch(e);

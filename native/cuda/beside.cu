@@ -1,0 +1,76 @@
+// How the work of adapters beside a product is divided.
+#include "beside.cuh"
+
+#include <algorithm>
+
+namespace adaptrt {
+namespace {
+
+constexpr int most_v_warps = 4, pieces_of_v_warp = 3, most_pieces_of_v_warp = 16;  // pieces of V
+
+int align_16(int bytes) { return (bytes + 15) / 16 * 16; }
+
+__global__ void find_terms(term_tables tables, int n_targets) {
+  wait_for_before();
+  int i = blockIdx.x * blockDim.x + threadIdx.x;
+  for (const term_table &t : tables.of) {
+    if (i < n_targets * t.n_slots) t.terms[i].find(t.slots[i % t.n_slots], i / t.n_slots);
+    i -= n_targets * t.n_slots;
+    if (i < 0) return;
+  }
+}
+
+}  // namespace
+
+void launch_find_terms(const queue &q, const term_tables &tables, int n_targets) {
+  constexpr int threads = 32;
+  int all = (tables.of[0].n_slots + tables.of[1].n_slots) * n_targets;
+  if (all) launch(q, find_terms, dim3(blocks_of(all, threads)), threads, 0, tables, n_targets);
+}
+
+bool divide_beside(beside_call &call, int columns, int blocks, int most_warps) {
+  int panels = call.n_slots * call.n_members * call.rank_pieces;
+  int pieces = (panels * columns + blocks - 1) / blocks;  // for a block of threads
+  if (most_warps < 2) return false;
+  call.u_warps = panels > most_members && most_warps > 2 ? 2 : 1;
+  int most_v = std::min(most_v_warps, most_warps - call.u_warps);
+  call.v_warps = std::min(most_v, (pieces + pieces_of_v_warp - 1) / pieces_of_v_warp);
+  int useful = std::min({most_splits_beside, columns, blocks * call.v_warps / panels});
+  for (call.log_splits = 2; 2 << call.log_splits <= useful;) call.log_splits++;
+  size_t bytes = size_t(panels) * size_t(call.slot_tokens * call.splits() * panel_ranks) * sizeof(uint64_t);
+  return pieces <= most_pieces_of_v_warp * call.v_warps && bytes <= beside_bytes;
+}
+
+static beside_plan plan_least(const beside_call &call, int tiles, int tokens, int first) {
+  beside_plan plan = {};
+  int slots = call.n_slots * call.n_members;
+  plan.terms = align_16(first);
+  plan.hidden = align_16(plan.terms + slots * int(sizeof(beside_term)));
+  plan.changes = plan.hidden + slots * call.slot_tokens * call.rank_pieces * panel_ranks * int(sizeof(float));
+  plan.v = plan.changes + tiles * tokens * tile_rows * int(call.vectors ? sizeof(float2) : sizeof(float));
+  return plan;
+}
+
+static int entry_bytes(const beside_call &call) {
+  int scales = call.kind == weight_kind::bf16 ? 0 : panel_ranks * int(sizeof(float));
+  int vectors = call.vectors ? 2 * tile_rows * int(sizeof(float)) : 0;
+  return call.rank_pieces * (tile_bytes(call.kind) / 4 + scales) + vectors;
+}
+
+int least_beside(const beside_call &call, int tiles, int tokens) {
+  return plan_least(call, tiles, tokens, 0).v + 16 + (call.u_warps + call.v_warps) * entry_bytes(call);
+}
+
+void plan_room_beside(beside_call &call, int tiles, int tokens, int columns, int first, int end) {
+  beside_plan &plan = call.plan = plan_least(call, tiles, tokens, first);
+  int piece = tile_bytes(call.kind), pieces = (columns + call.splits() - 1) / call.splits();
+  call.entry_bytes = entry_bytes(call);
+  int others = (call.u_warps + call.v_warps) * call.entry_bytes;  // for entries that have no room
+  end -= others;
+  plan.v_room = std::min(pieces, (end - plan.v) / 2 / piece / call.v_warps);
+  plan.u = plan.v + plan.v_room * piece * call.v_warps;
+  plan.u_room = std::min(tiles * call.n_slots, (end - plan.u) / call.entry_bytes);
+  plan.bytes = plan.u + plan.u_room * call.entry_bytes + others;
+}
+
+}  // namespace adaptrt
