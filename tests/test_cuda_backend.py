@@ -434,6 +434,30 @@ SIZES = {
 
 
 @needs_gpu
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(8, 8, 64), (8, 1, 64), (6, 2, 128), (2, 1, 128)]
+)
+def test_decoding_by_one_token(heads: int, kv_heads: int, head_dim: int) -> None:
+    """From no context on, past the tiles of one pass over it, alone and with others of the same beginning."""
+    model = decoder(Sizes(heads=heads, kv_heads=kv_heads, head_dim=head_dim))
+    pages = [3, 1, 6, 0, 2, 4]
+    runs = [[Run([3 * i], i, pages)] for i in range(5)]
+    for start, end in ((5, 31), (35, 127), (131, 160)):
+        runs.append([Run([5 * i % 37 for i in range(start, end)], start, pages)])
+        runs += [[Run([3 * i % 37], i, pages)] for i in range(end, end + 4)]
+    others = [Run([5, 9, 2], 128, [*pages[:4], 7]), Run([4, 8], 160, [*pages[:5], 8]), Run([8], 0, [9])]
+    runs.append(others)
+    runs += [[Run([i], o.start + len(o.tokens) + i, o.pages) for o in others] for i in range(3)]
+    results = []
+    for executable in (reference(model, page_tokens=32), load(model, page_tokens=32)):
+        executable.reserve(16)
+        results.append(np.concatenate([executable.step(batch(step)) for step in runs]))
+        executable.close()
+    assert np.linalg.norm(results[1] - results[0]) < 2e-2 * np.linalg.norm(results[0])
+    assert relative_error(results[1], results[0]) < 5e-2
+
+
+@needs_gpu
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", ["f32", "bf16", "nf4"])
 def test_decoder_with_ragged_stacks(size: str, dtype: str) -> None:
@@ -470,11 +494,12 @@ def test_decoder_with_ragged_stacks(size: str, dtype: str) -> None:
 
 
 @needs_gpu
-def test_runs_that_share_pages_see_each_other() -> None:
+@pytest.mark.parametrize(("page_tokens", "head_dim"), [(4, 32), (32, 64)])
+def test_runs_that_share_pages_see_each_other(page_tokens: int, head_dim: int) -> None:
     """Decoding, and one sequence's next tokens as runs of their own: then all are stored before any attends."""
-    model = decoder()
+    model = decoder(Sizes(head_dim=head_dim))
     results = []
-    for executable in (reference(model), load(model)):
+    for executable in (reference(model, page_tokens=page_tokens), load(model, page_tokens=page_tokens)):
         executable.reserve(8)
         logits = [executable.step(batch([Run([5, 9, 2], 0, [0, 1]), Run([7, 1, 3], 0, [2, 3])]))]
         for _ in range(3):

@@ -299,21 +299,6 @@ __device__ split_rows<dim> *partial_of(const attend_call &c, int split) {
   return reinterpret_cast<split_rows<dim> *>(c.partial) + mine * c.splits + split;
 }
 
-// Whether this block is the last of its splits to come here; what the others wrote can then be read.
-__device__ bool is_last_split(const attend_call &c) {
-  __shared__ bool last;
-  __threadfence();
-  __syncthreads();
-  if (!threadIdx.x) {
-    int32_t *arrived = c.arrived + int64_t(blockIdx.x) * gridDim.y + blockIdx.y;
-    last = atomicAdd(arrived, 1) == c.splits - 1;
-    if (last) *arrived = 0;
-  }
-  __syncthreads();
-  __threadfence();
-  return last;
-}
-
 // The last split's block to end joins them all.
 template <int dim>
 __device__ void join_splits(const attend_call &c, const rows_of_block &r, const warp_results<dim> &all, int used) {
@@ -324,7 +309,7 @@ __device__ void join_splits(const attend_call &c, const rows_of_block &r, const 
     mine->highest[threadIdx.x] = all.top[threadIdx.x];
     mine->sum[threadIdx.x] = all.sum[threadIdx.x];
   }
-  if (!is_last_split(c)) return;
+  if (!is_last_split(c.arrived + int64_t(blockIdx.x) * gridDim.y + blockIdx.y, c.splits)) return;
   for (int i = threadIdx.x; i < used * c.splits; i += blockDim.x)
     factor[i / c.splits][i % c.splits] = __ldcg(&first[i % c.splits].highest[i / c.splits]);
   __syncthreads();

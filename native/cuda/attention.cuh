@@ -66,6 +66,35 @@ struct attend_call {
   destination out;
 };
 void launch_attend(const queue &q, const attend_call &call);
+
+// The whole of it for runs of one token, none of which sees the other's: rotates q and k, stores k and v, attends.
+struct attend_one_call {
+  source q, k, v;
+  const float *cos_sin;
+  const query_block *blocks;
+  int32_t n_blocks, splits;
+  kv_cache kv;
+  attention_shape shape;
+  float *partial;
+  int32_t *arrived;
+  destination out;
+};
+bool can_attend_one(const attention_shape &shape, const kv_cache &kv);
+void launch_attend_one(const queue &q, const attend_one_call &call);
+
+// Whether this block of threads is the last of its splits to come here; what the others wrote can then be read.
+__device__ inline bool is_last_split(int32_t *arrived, int splits) {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (!threadIdx.x) {
+    last = atomicAdd(arrived, 1) == splits - 1;
+    if (last) *arrived = 0;
+  }
+  __syncthreads();
+  __threadfence();
+  return last;
+}
 int64_t attention_partial_floats(const attention_shape &shape, int64_t n_blocks, int splits);
 
 }  // namespace adaptrt

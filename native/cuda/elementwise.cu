@@ -28,11 +28,7 @@ __device__ void load_values(const float *from, float (&to)[n]) {
 template <int n>
 __device__ void put_values(const destination &to, int64_t token, int column, const float (&values)[n]) {
   if constexpr (n == 4) {
-    if (to.wide)
-      *reinterpret_cast<float4 *>(to.wide + token * to.wide_stride + column) = *reinterpret_cast<const float4 *>(values);
-    __nv_bfloat162 pairs[2] = {__floats2bfloat162_rn(values[0], values[1]), __floats2bfloat162_rn(values[2], values[3])};
-    if (to.narrow)
-      *reinterpret_cast<uint2 *>(to.narrow + token * to.narrow_stride + column) = *reinterpret_cast<uint2 *>(pairs);
+    to.put_four(token, column, *reinterpret_cast<const float4 *>(values));
   } else {
     to.put(token, column, values[0]);
   }

@@ -25,6 +25,12 @@ struct destination {
     if (wide) wide[token * wide_stride + column] = value;
     if (narrow) narrow[token * narrow_stride + column] = __float2bfloat16(value);
   }
+  // Four neighbours, aligned as such.
+  __device__ void put_four(int64_t token, int64_t column, const float4 &v) const {
+    if (wide) *reinterpret_cast<float4 *>(wide + token * wide_stride + column) = v;
+    __nv_bfloat162 pairs[2] = {__floats2bfloat162_rn(v.x, v.y), __floats2bfloat162_rn(v.z, v.w)};
+    if (narrow) *reinterpret_cast<uint2 *>(narrow + token * narrow_stride + column) = *reinterpret_cast<uint2 *>(pairs);
+  }
 };
 
 // Programmatic dependent launch. Before this a kernel may read what no kernel of the step writes (weights, the plan,
@@ -43,14 +49,14 @@ struct queue {
 };
 
 template <typename... parameters, typename... arguments>
-void launch(const queue &q, void (*kernel)(parameters...), dim3 grid, unsigned block, size_t shared_bytes,
+void launch(const queue &q, void (*kernel)(parameters...), dim3 grid, dim3 block, size_t shared_bytes,
             const arguments &...values) {
   cudaLaunchAttribute overlap = {};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
-  config.blockDim = dim3(block);
+  config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = q.stream;
   config.attrs = &overlap;

@@ -64,6 +64,24 @@ void cut_queries(const adrt_executable &e, const adrt_batch &b, plan &p) {
         q.blocks.push_back({t, std::min(q.tokens_a_block, b.run_start[r + 1] - t), b.positions[t], b.page_start[r]});
 }
 
+// Whether all runs are one token that no other run sees.
+bool are_separate(const adrt_batch &b, std::vector<int32_t> &writers, int32_t n_pages, int32_t page_tokens) {
+  if (b.n_runs != b.n_tokens) return false;
+  if (b.n_runs == 1) return true;
+  writers.assign(size_t(n_pages), -1);
+  auto written = [&](int32_t r) -> int32_t & { return writers[size_t(b.pages[b.page_start[r] + b.positions[r] / page_tokens])]; };
+  for (int32_t r = 0; r < b.n_runs; r++) {
+    if (written(r) >= 0) return false;
+    written(r) = r;
+  }
+  for (int32_t r = 0; r < b.n_runs; r++)
+    for (int32_t i = b.page_start[r]; i < b.page_start[r + 1]; i++) {
+      int32_t writer = writers[size_t(b.pages[i])];
+      if (writer >= 0 && writer != r) return false;
+    }
+  return true;
+}
+
 // Arrays one after the other, first measured, then written.
 class layout {
  public:
@@ -146,6 +164,7 @@ bool make_plan(const adrt_executable &e, const adrt_batch &b, plan &p) {
   cut_segments(e, b, token_runs, p.tokens);
   cut_segments(e, b, logit_runs, p.logits);
   cut_queries(e, b, p);
+  p.separate = are_separate(b, p.writers, e.n_pages, e.options.page_tokens);
   return lay_out(b, p);
 }
 

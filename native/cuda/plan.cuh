@@ -35,8 +35,10 @@ struct plan {
   int32_t n_tokens = 0, n_logits = 0;
   bool gathers = false;  // the logit rows are not simply all tokens
   bool adapted = false;  // some run has a stack
+  bool separate = false; // all runs are one token that no other run sees
   int32_t longest_context = 0;
   std::vector<int32_t> token_pages;  // where the pages of a token's run start
+  std::vector<int32_t> writers;      // by page number: the run that stores something there, or -1
   std::vector<query_plan> queries;
   segment_plan tokens, logits;
   std::vector<size_t> offsets;  // of the arrays in memory: equal for plans that need the same launches

@@ -1,5 +1,6 @@
 // The stages of a program, and how its operations become them. Operations that read one input are one product; a sum and
-// the norm of it are one pass; rotations ride with the storing of keys and values.
+// the norm of it are one pass; rotations ride with the storing of keys and values, and for tokens of sequences of their own
+// with attention itself.
 #include <algorithm>
 
 #include "adapted.cuh"
@@ -166,16 +167,24 @@ class attention_stage : public stage {
     const kv_layer &layer = e.kv_layers[size_t(layer_)];
     kv_cache kv = {e.page_table.as<uint8_t *>(), p.device_pages, e.options.page_tokens, layer.dim, layer.k_offset,
                    layer.v_offset};
-    launch_store(e.queue(),
-                 {e.source_of(q_), e.source_of(k_), e.source_of(v_), table(e, q_table_), table(e, k_table_),
-                  p.device_positions, p.device_token_pages, kv, shape_, e.queries},
-                 p.n_tokens);
     const query_plan &q = *std::find_if(p.queries.begin(), p.queries.end(), [&](const query_plan &one) {
       return one.tokens_a_block == shape_.tokens_a_block();
     });
-    int32_t n = int32_t(q.blocks.size());
-    launch_attend(e.queue(), {e.queries, q.device_blocks, n, splits_of(e, shape_, n), kv, shape_,
-                              e.partial.as<float>(), e.arrived.as<int32_t>(), e.destination_of(out_)});
+    int32_t n = int32_t(q.blocks.size()), splits = splits_of(e, shape_, n);
+    float *partial = e.partial.as<float>();
+    int32_t *arrived = e.arrived.as<int32_t>();
+    source qs = e.source_of(q_), ks = e.source_of(k_), vs = e.source_of(v_);
+    if (p.separate && q_table_ == k_table_ && q_table_ != no_table && can_attend_one(shape_, kv)) {
+      launch_attend_one(e.queue(), {qs, ks, vs, table(e, q_table_), q.device_blocks, n, splits, kv, shape_, partial, arrived,
+                                    e.destination_of(out_)});
+      return;
+    }
+    launch_store(e.queue(),
+                 {qs, ks, vs, table(e, q_table_), table(e, k_table_), p.device_positions, p.device_token_pages, kv, shape_,
+                  e.queries},
+                 p.n_tokens);
+    launch_attend(e.queue(),
+                  {e.queries, q.device_blocks, n, splits, kv, shape_, partial, arrived, e.destination_of(out_)});
   }
 
  private:
