@@ -97,6 +97,17 @@ __device__ inline void arrive_in_cluster(uint64_t *barrier, uint32_t rank) {
 
 __device__ inline void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
+// ---- barriers of warps: 0 is __syncthreads ----
+
+template <int threads>
+__device__ inline void wait_with(int barrier) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(threads) : "memory");
+}
+template <int threads>
+__device__ inline void arrive_at(int barrier) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(threads) : "memory");
+}
+
 // ---- flags in global memory ----
 
 // What was written before announce is seen by who has awaited it.

@@ -4,7 +4,9 @@
 // evenly to clusters of two blocks of threads ("stream-K"): each works through a run of chunks that may begin and
 // end inside tiles. The blocks of a cluster have neighbouring tiles of rows and do the same chunks, so that each
 // fetches half of the tokens for both. In a block one warp fetches tokens, far ahead. Warpgroups copy their own
-// weights to shared memory, decode them into registers, scaled, and multiply while they decode the next ones.
+// weights to shared memory, decode them into registers, scaled, and multiply while they decode the next ones. Where
+// tokens are few and decoding is the work, two teams of warpgroups take turns at the blocks of columns and add
+// their sums at the end.
 //
 // A tile that several clusters share is summed by the one that has its end, in a fixed order. Runs are worked
 // through from the end, tile by tile, so that the others, which do their part first, are done by then; and they
@@ -25,8 +27,8 @@
 namespace adaptrt {
 namespace {
 
-constexpr int multiplying_threads = 256, copying_threads = 128, threads = multiplying_threads + copying_threads;
-constexpr int multiplying_registers = 224, copying_registers = 56;
+constexpr int team_threads = 256;  // two warpgroups
+constexpr int copying_threads = 128;
 constexpr int cluster_blocks = 2;
 constexpr int chunk_bytes = 2048;  // codes of a tile of 16 rows
 constexpr int scale_bytes = 128;   // their scales, of at most four blocks of columns
@@ -37,19 +39,25 @@ template <weight_kind kind>
 constexpr int chunk_blocks = chunk_bytes / tile_bytes(kind);
 
 // A tile of a block of threads: `halves` products of 64 rows a warpgroup, each by n tokens.
-template <int halves_, int n_>
+template <int teams_, int halves_, int n_>
 struct shape {
-  static constexpr int halves = halves_, n = n_, registers = halves * n / 2;
+  static constexpr int teams = teams_, halves = halves_, n = n_, registers = halves * n / 2;
   static constexpr int rows = 128 * halves, row_tiles = rows / tile_rows;
+  static constexpr int multiplying_threads = teams * team_threads, threads = multiplying_threads + copying_threads;
+  static constexpr int copying_registers = teams == 1 ? 56 : 64, multiplying_registers = teams == 1 ? 224 : 104;
 
   static constexpr int token_stage_bytes = n * 128;
   static constexpr int token_stages = n == 128 ? 4 : n == 64 ? 6 : stages_at_most;
+  // A warp's piece of a chunk: of each of its row tiles, its team's blocks of columns.
   static constexpr int chunks_ahead = halves == 1 ? 3 : 2;
-  static constexpr int slot_bytes = halves * (chunk_bytes + scale_bytes);  // a warp's piece of a chunk
+  static constexpr int slot_bytes = halves * (chunk_bytes + scale_bytes) / teams;
+  static constexpr int sums_bytes = teams == 1 ? 0 : registers * team_threads * int(sizeof(float));
 
   static constexpr int barriers_at = pair_table_bytes, tokens_at = barriers_at + barrier_bytes;
   static constexpr int weights_at = tokens_at + token_stages * token_stage_bytes;
-  static constexpr int shared_bytes = weights_at + multiplying_threads / 32 * chunks_ahead * slot_bytes;
+  static constexpr int sums_at = weights_at + multiplying_threads / 32 * chunks_ahead * slot_bytes;
+  static constexpr int shared_bytes = sums_at + sums_bytes;
+  static_assert(token_stages % teams == 0, "a team keeps to its stages");
 };
 
 struct many_arguments {
@@ -60,7 +68,7 @@ struct many_arguments {
   int chunks, token_tiles;
   int64_t all_chunks;  // of all tiles
   uint32_t *ready;     // [blocks], zero: that a block's part of a tile which ends in another cluster is there
-  float *parts;        // [blocks, registers, multiplying_threads]
+  float *parts;        // [blocks, registers, team_threads]
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -100,12 +108,13 @@ __device__ void for_each_segment(const many_arguments &args, work do_segment) {
 }
 
 // A place in a ring of stages, and the parity of its barriers' phase.
-template <int stages>
+template <int stages, int step = 1>
 struct ring {
   int stage = 0, parity = 0;
   __device__ void next() {
-    if (++stage < stages) return;
-    stage = 0;
+    stage += step;
+    if (stage < stages) return;
+    stage -= stages;
     parity ^= 1;
   }
 };
@@ -135,18 +144,19 @@ __device__ void fetch_tokens(const many_arguments &args, const CUtensorMap &x, s
 // lane copies just the codes that it will read.
 template <weight_kind kind, typename s>
 struct weight_stream {
-  static constexpr int vectors = decoder<kind>::vectors, blocks = chunk_blocks<kind>;
+  static constexpr int vectors = decoder<kind>::vectors, team_blocks = chunk_blocks<kind> / s::teams;
+  static constexpr int codes_bytes = team_blocks * tile_bytes(kind);  // of a row tile
 
   const many_arguments &args;
-  int row_tile[s::halves];
+  int team, row_tile[s::halves];
   uint32_t ring, slot;  // slot: the oldest
   uint64_t policy;
   int64_t begin, end;    // of what is left of the run after the segment at hand
   int64_t first_row_tile;  // of this block of threads
   int chunk, left;       // of the segment: the next to be fetched, and how many there are
 
-  __device__ weight_stream(const many_arguments &args, uint8_t *shared)
-      : args(args), slot(0), policy(evict_first_policy()) {
+  __device__ weight_stream(const many_arguments &args, uint8_t *shared, int team)
+      : args(args), team(team), slot(0), policy(evict_first_policy()) {
     ring = shared_address(shared + s::weights_at) + threadIdx.x / 32 * s::chunks_ahead * s::slot_bytes;
     begin = first_chunk_of(args, this_cluster());
     end = first_chunk_of(args, this_cluster() + 1);
@@ -178,40 +188,45 @@ struct weight_stream {
   __device__ void fetch_tile(int64_t row_tile, uint32_t to) const {
     if (row_tile >= args.w.row_tiles) return;
     int lane = threadIdx.x % 32;
-    int64_t block = row_tile * args.w.col_blocks + chunk * blocks;
+    int64_t block = row_tile * args.w.col_blocks + chunk * chunk_blocks<kind> + team;
     const uint8_t *codes = args.w.codes + block * tile_bytes(kind) + lane * 16;
 #pragma unroll
-    for (int i = 0; i < chunk_bytes; i += 512) copy_async(to + i + lane * 16, codes + i, policy);
-    if (decoder<kind>::scaled && lane < blocks * 2)  // 32 bytes a block
-      copy_async(to + chunk_bytes + lane * 16, args.w.scales + block * 8 + lane * 4, policy);
+    for (int j = 0; j < team_blocks; j++)
+#pragma unroll
+      for (int i = 0; i < vectors; i++)
+        copy_async(to + j * tile_bytes(kind) + i * 512 + lane * 16, codes + j * s::teams * tile_bytes(kind) + i * 512,
+                   policy);
+    if (decoder<kind>::scaled && lane < team_blocks * 2)  // 32 bytes a block
+      copy_async(to + codes_bytes + lane * 16, args.w.scales + (block + lane / 2 * s::teams) * 8 + lane % 2 * 4, policy);
   }
 
   __device__ void load(uint4 (&codes)[vectors], __half2 &scales, int half, int j) const {
     int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < vectors; i++) codes[i] = load_vector(at(half) + j * tile_bytes(kind) + i * 512 + lane * 16);
-    if constexpr (decoder<kind>::scaled) scales = load_half2(at(half) + chunk_bytes + j * 32 + lane / 4 * 4);
+    if constexpr (decoder<kind>::scaled) scales = load_half2(at(half) + codes_bytes + j * 32 + lane / 4 * 4);
   }
 };
 
 // ---- multiplying ----
 
-// Barrier 0 is __syncthreads.
-__device__ void wait_for_multipliers() { asm volatile("bar.sync 1, %0;" ::"n"(multiplying_threads) : "memory"); }
+enum : int { team_barrier = 1, multipliers_barrier, sums_left, sums_taken };
 
 template <weight_kind kind, typename s>
 struct multiplier {
   static constexpr int n = s::n, halves = s::halves;
-  // One product is in flight while the next tile is decoded into the other registers, which takes turns over chunks only
-  // if their number is even.
-  static constexpr int blocks = chunk_blocks<kind>, in_flight = blocks * halves % 2 == 0 ? 1 : 0;
+  // Of a chunk, by a team: so many tiles of a warp. One product is in flight while the next tile is decoded into
+  // the other registers, which takes turns over chunks only if their number is even.
+  static constexpr int team_blocks = weight_stream<kind, s>::team_blocks;
+  static constexpr int in_flight = team_blocks * halves % 2 == 0 ? 1 : 0;
 
   const many_arguments &args;
   uint8_t *shared;
   stage_barriers &barriers;
+  int team;
   decoder<kind> decode;
   weight_stream<kind, s> &weights;
-  ring<s::token_stages> tokens;
+  ring<s::token_stages, s::teams> tokens;
   float sums[halves][n / 2];
   int released;  // the stage of tokens that the products in flight read, or -1
 
@@ -241,7 +256,7 @@ struct multiplier {
     wait_for_copies<s::chunks_ahead - 1>();
     __syncwarp();
 #pragma unroll
-    for (int j = 0; j < blocks; j++) {
+    for (int j = 0; j < team_blocks; j++) {
 #pragma unroll
       for (int h = 0; h < halves; h++) {
         int buffer = (j * halves + h) % 2;
@@ -267,6 +282,24 @@ struct multiplier {
     for (int chunk = 0; chunk < seg.n; chunk++) multiply_chunk(a);
     products_wait<0>();
     release_tokens();
+  }
+
+  // True in the team that then has the sums of both.
+  __device__ bool add_teams(bool first_time) {
+    if constexpr (s::teams == 1) return true;
+    float *left = reinterpret_cast<float *>(shared + s::sums_at) + threadIdx.x % team_threads;
+    if (team == 1) {
+      if (!first_time) wait_with<2 * team_threads>(sums_taken);
+#pragma unroll
+      for (int i = 0; i < s::registers; i++) left[i * team_threads] = sum(i);
+      arrive_at<2 * team_threads>(sums_left);
+      return false;
+    }
+    wait_with<2 * team_threads>(sums_left);
+#pragma unroll
+    for (int i = 0; i < s::registers; i++) sum(i) += left[i * team_threads];
+    arrive_at<2 * team_threads>(sums_taken);
+    return true;
   }
 
   // Register i of a half belongs to row 16 tile + g + 8 (i / 2 % 2) and token 8 (i / 4) + 2 t + i % 2 of lane 4g +
@@ -304,23 +337,23 @@ struct multiplier {
   __device__ int64_t block_in(int64_t cluster) const { return cluster * cluster_blocks + rank_in_cluster(); }
 
   __device__ float *part_of(int64_t cluster) const {
-    return args.parts + block_in(cluster) * s::registers * multiplying_threads + threadIdx.x;
+    return args.parts + block_in(cluster) * s::registers * team_threads + threadIdx.x % team_threads;
   }
 
   __device__ void leave_part() {
     float *to = part_of(this_cluster());
 #pragma unroll
-    for (int i = 0; i < s::registers; i++) __stcg(to + i * multiplying_threads, sum(i));
-    wait_for_multipliers();
-    if (threadIdx.x == 0) announce(args.ready + block_in(this_cluster()));
+    for (int i = 0; i < s::registers; i++) __stcg(to + i * team_threads, sum(i));
+    wait_with<team_threads>(team_barrier);
+    if (threadIdx.x % team_threads == 0) announce(args.ready + block_in(this_cluster()));
   }
 
   // Of the clusters that have the tile's beginning, with as many loads in flight as registers allow.
   __device__ void add_parts(int64_t first_cluster) {
     constexpr int batch = s::registers < 32 ? s::registers : 32, at_once = s::registers > 32 ? 1 : 32 / batch;
-    int64_t clusters = this_cluster() - first_cluster, thread = threadIdx.x;
+    int64_t clusters = this_cluster() - first_cluster, thread = threadIdx.x % team_threads;
     if (thread < clusters) await(args.ready + block_in(first_cluster + thread));
-    wait_for_multipliers();
+    wait_with<team_threads>(team_barrier);
 #pragma unroll
     for (int first = 0; first < s::registers; first += batch) {
       for (int64_t cluster = first_cluster; cluster < this_cluster(); cluster += at_once) {
@@ -329,7 +362,7 @@ struct multiplier {
         for (int j = 0; j < at_once; j++)
 #pragma unroll
           for (int i = 0; i < batch; i++)
-            v[j][i] = cluster + j < this_cluster() ? __ldcg(part_of(cluster + j) + (first + i) * multiplying_threads) : 0.f;
+            v[j][i] = cluster + j < this_cluster() ? __ldcg(part_of(cluster + j) + (first + i) * team_threads) : 0.f;
 #pragma unroll
         for (int j = 0; j < at_once; j++)
 #pragma unroll
@@ -356,10 +389,13 @@ struct multiplier {
 
   __device__ void run() {
     float unit = decoder<kind>::scaled ? *args.w.unit : 1.f;
+    bool first_time = true;
+    tokens.stage = team;
     wait_for_kernel_before();
     for_each_segment(args, [&](const segment &seg) {
       multiply_segment(seg);
-      finish_segment(seg, unit);
+      if (add_teams(first_time)) finish_segment(seg, unit);
+      first_time = false;
     });
   }
 };
@@ -370,24 +406,24 @@ __device__ void multiply_many(const many_arguments &args, const CUtensorMap &x, 
   let_next_kernel_start();
   if (threadIdx.x < stages_at_most) {
     init_barrier(&barriers.tokens_full[threadIdx.x], 1);
-    init_barrier(&barriers.tokens_empty[threadIdx.x], 2 * cluster_blocks);  // all warpgroups
+    init_barrier(&barriers.tokens_empty[threadIdx.x], 2 * cluster_blocks);  // the warpgroups of a team
     publish_barriers();
   }
   wait_for_cluster();
-  if (threadIdx.x >= multiplying_threads) {
-    limit_registers<copying_registers>();
-    if (threadIdx.x / 32 == multiplying_threads / 32)
+  if (threadIdx.x >= s::multiplying_threads) {
+    limit_registers<s::copying_registers>();
+    if (threadIdx.x / 32 == s::multiplying_threads / 32)
       fetch_tokens<kind, s>(args, x, barriers, shared + s::tokens_at);
   } else {
-    take_registers<multiplying_registers>();
-    int warp = threadIdx.x / 32;
-    weight_stream<kind, s> weights(args, shared);
+    take_registers<s::multiplying_registers>();
+    int team = threadIdx.x / team_threads, warp = threadIdx.x % team_threads / 32;
+    weight_stream<kind, s> weights(args, shared, team);
     for (int h = 0; h < s::halves; h++) weights.row_tile[h] = (warp / 4 * s::halves + h) * 4 + warp % 4;
     for (int i = 0; i < s::chunks_ahead; i++) weights.fetch();
-    if constexpr (kind == weight_kind::nf4) fill_pair_table(shared, args.codebook, multiplying_threads);
-    wait_for_multipliers();
+    if constexpr (kind == weight_kind::nf4) fill_pair_table(shared, args.codebook, s::multiplying_threads);
+    wait_with<s::multiplying_threads>(multipliers_barrier);
     decoder<kind> decode = {shared_address(shared) - shared_start + threadIdx.x % 32 * 4};
-    multiplier<kind, s> m = {args, shared, barriers, decode, weights};
+    multiplier<kind, s> m = {args, shared, barriers, team, decode, weights};
     m.run();
   }
   wait_for_cluster();  // the other block still arrives at this one's barriers
@@ -395,7 +431,7 @@ __device__ void multiply_many(const many_arguments &args, const CUtensorMap &x, 
 #endif
 
 template <weight_kind kind, typename s>
-__global__ void IN_CLUSTERS __launch_bounds__(threads, 1)
+__global__ void IN_CLUSTERS __launch_bounds__(s::threads, 1)
     product_many(const __grid_constant__ many_arguments args, const __grid_constant__ CUtensorMap x) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) uint8_t shared[];
@@ -427,26 +463,25 @@ cudaError_t launch_shape(const product_call &call) {
   status =
       cudaFuncSetAttribute(product_many<kind, s>, cudaFuncAttributeMaxDynamicSharedMemorySize, s::shared_bytes);
   if (status != cudaSuccess) return status;
-  return launch(call, product_many<kind, s>, dim3(unsigned(clusters * cluster_blocks)), dim3(threads),
+  return launch(call, product_many<kind, s>, dim3(unsigned(clusters * cluster_blocks)), dim3(s::threads),
                 s::shared_bytes, args, x);
 }
 
-using largest_shape = shape<2, 128>;
+using largest_shape = shape<1, 2, 128>;
 
 template <weight_kind kind>
 cudaError_t launch_kind(const product_call &call) {
-  if constexpr (kind == weight_kind::bf16) {
-    if (call.tokens <= 16) return launch_shape<kind, shape<1, 16>>(call);
-    if (call.tokens <= 32) return launch_shape<kind, shape<1, 32>>(call);
-    if (call.tokens <= 64) return launch_shape<kind, shape<1, 64>>(call);
-  }
+  constexpr int teams = kind == weight_kind::bf16 ? 1 : 2;  // a chunk of bf16 is one block of columns
+  if (call.tokens <= 16) return launch_shape<kind, shape<teams, 1, 16>>(call);
+  if (call.tokens <= 32) return launch_shape<kind, shape<teams, 1, 32>>(call);
+  if (call.tokens <= 64) return launch_shape<kind, shape<teams, 1, 64>>(call);
   return launch_shape<kind, largest_shape>(call);
 }
 
 }  // namespace
 
 size_t many_workspace_bytes(const product_context &context) {
-  size_t part = size_t(largest_shape::registers) * multiplying_threads * sizeof(float);
+  size_t part = size_t(largest_shape::registers) * team_threads * sizeof(float);
   return workspace_zero_bytes + size_t(context.multiprocessors) * part;
 }
 
