@@ -8,9 +8,10 @@ namespace adaptrt {
 
 constexpr int most_warps = 16;  // that multiply
 
-// Of a thread, and how many warps a block has then: more than those where adapters are worked out beside them.
-constexpr int registers_of(int products, bool adapted) { return products == 1 ? 104 : adapted ? 112 : 128; }
-constexpr int warps_of(int products, bool adapted) { return 65536 / 32 / registers_of(products, adapted); }
+// Of a thread, and how many warps a block has then, a quarter of them on each scheduler: more than those that multiply
+// where adapters are worked out beside them.
+constexpr int registers_of(int products, bool adapted) { return adapted ? 96 : products == 1 ? 104 : 128; }
+constexpr int warps_of(int products, bool adapted) { return 16384 / 32 / registers_of(products, adapted) * 4; }
 
 constexpr int product_sums = tile_rows * 8;  // of a tile and 8 tokens
 constexpr int long_tokens = 128 * 1024;  // bytes of all: so many a block fetches faster than a cluster adds its sums
