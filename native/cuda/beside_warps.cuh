@@ -451,6 +451,7 @@ struct beside_warps {
     gather(launch);
     sync_threads(beside_barrier, all * warp_size);
     expand();
+    __syncwarp();
     arrive_threads(changes_barrier, blockDim.x);
   }
 };

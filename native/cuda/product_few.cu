@@ -341,6 +341,7 @@ struct warp_run {
   }
   __device__ void begin() {
     if (args.divided.passes > 1 || at.first == 0) tokens.load(own, args, at.pass);
+    __syncwarp();  // sums may lie over the tokens
     to = reinterpret_cast<float *>(own + args.plan.sums);
   }
   __device__ void multiply(weight_chunk<kind, span> &weights, weight_stream<kind, span> &stream) {
