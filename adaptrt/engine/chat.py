@@ -16,7 +16,6 @@ def render(template: str, messages: Sequence[Mapping[str, str]], special_tokens:
     `special_tokens` gives bos_token, eos_token, … to the template, as Hugging Face does. Raises ModelError naming
     what the template refused.
     """
-    from jinja2 import TemplateError
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -30,16 +29,10 @@ def render(template: str, messages: Sequence[Mapping[str, str]], special_tokens:
         return environment.from_string(template).render(
             messages=list(messages), add_generation_prompt=True, **special_tokens
         )
-    except (
-        TemplateError,
-        TypeError,
-        ValueError,
-        KeyError,
-        OverflowError,
-        RecursionError,
-        MemoryError,
-    ) as error:
-        raise ModelError(f"chat template: {error}") from error
+    except ModelError:
+        raise
+    except Exception as error:  # a stranger's code may fail in any way
+        raise ModelError(f"chat template: {str(error) or type(error).__name__}") from error
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:
