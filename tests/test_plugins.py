@@ -101,6 +101,15 @@ def test_a_strangers_plugin_is_found(install: Install) -> None:
             "adaptrt_backends returned two named 'x'",
         ),
         (BACKEND.format(name="x").replace("[Toy()]", "7"), "TypeError: "),
+        (
+            BACKEND.format(name="x").replace("unavailable", "available"),
+            "adaptrt_backends returned a Toy named 'x', expected a Backend (adaptrt.backends.base)",
+        ),
+        (
+            BACKEND.format(name="x").replace("adaptrt_backends", "adaptrt_variants"),
+            "adaptrt_variants returned a Toy named 'x', expected a Variant (adaptrt.adapters.variant)",
+        ),
+        ("raise BaseException('neither')", "BaseException: neither"),
     ],
 )
 def test_a_broken_plugin_is_named_and_skipped(
