@@ -155,10 +155,11 @@ def test_impossible_values_are_refused_before_a_model_is_opened(
         (OSError(28, "No space left on device", "out.adrt"), 1, "out.adrt: No space left on device"),
         (OSError("odd"), 1, "odd"),
         (ZeroDivisionError("x"), 1, "internal error, ADAPTRT_DEBUG=1 shows where: ZeroDivisionError: x"),
+        (BaseException("x"), 1, "internal error, ADAPTRT_DEBUG=1 shows where: BaseException: x"),
     ],
 )
 def test_errors_become_one_line(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, line: str
+    monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, line: str
 ) -> None:
     def fail() -> None:
         raise error
@@ -202,6 +203,13 @@ def test_closed_pipe_is_quiet() -> None:
             [sys.executable, "-m", "adaptrt", "--help"], stdout=closed, stderr=subprocess.PIPE, text=True
         )
     assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("descriptor", [0, 1, 2])
+def test_a_stream_that_the_caller_closed_is_as_good_as_empty(descriptor: int) -> None:
+    outcome = adaptrt_process("run", "demo", "-n", "1", setup=lambda: os.close(descriptor))
+    assert outcome.code == 0, outcome.err
+    assert "Traceback" not in outcome.err
 
 
 def test_plugins_lists_what_is_installed() -> None:
