@@ -253,6 +253,12 @@ def test_eval_equals_transformers(tiny: Tiny, tmp_path: Path) -> None:
     )
 
 
+def test_eval_of_a_model_that_overflows_is_one_line(tiny: Tiny) -> None:
+    outcome = adaptrt_cli("eval", tiny.model, "--text", __file__, "-a", f"{tiny.adapters[0]}:1e38")
+    assert (outcome.code, outcome.out) == (1, "")
+    assert outcome.error.startswith("logits: the largest is nan, expected a finite number")
+
+
 def test_chat_applies_the_template_to_the_whole_conversation(tiny: Tiny) -> None:
     outcome = adaptrt_cli(
         "run",
