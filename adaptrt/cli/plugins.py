@@ -82,9 +82,9 @@ def _write(folder: Path, contents: Mapping[str, str]) -> None:
         for path, text in contents.items():
             (folder / path).parent.mkdir(exist_ok=True)
             (folder / path).write_text(text, encoding="utf-8")
-    except OSError:
+    except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
-        raise
+        raise PluginError(f"{folder}: {error.strerror}") from error
 
 
 def _json(registry: Registry) -> str:
