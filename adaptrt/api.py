@@ -61,16 +61,16 @@ def load(
     fit stays on the host and is streamed (spec/backend.md).
     Raises FormatError, ModelError or BackendError, each in one line.
     """
-    if threads is not None and not 1 <= threads <= 1024:
-        raise RequestError(f"threads: found {threads}, expected 1 to 1024")
+    if threads is not None and not (isinstance(threads, int) and 1 <= threads <= 1024):
+        raise RequestError(f"threads: found {threads!r}, expected 1 to 1024")
     for name, value, known in (
         ("precision", precision, ("exact", "fast")),
         ("kv_dtype", kv_dtype, ("f16", "f32")),
     ):
         if value not in known:
             raise RequestError(f"{name}: found {value!r}, expected {' or '.join(known)}")
-    if gpu_memory is not None and not 1 <= gpu_memory < 2**63:
-        raise RequestError(f"gpu_memory: found {gpu_memory}, expected a number of bytes")
+    if gpu_memory is not None and not (isinstance(gpu_memory, int) and 1 <= gpu_memory < 2**63):
+        raise RequestError(f"gpu_memory: found {gpu_memory!r}, expected a number of bytes")
     options = LoadOptions(threads or 0, precision, kv_dtype, gpu_memory=gpu_memory or 0)
     registry = registry or load_registry()
     file = open_file(DEMO if str(path) == "demo" else Path(path))
@@ -387,8 +387,8 @@ class Model:
         """
         ids = self.tokenize(text)
         window = min(self.context_length, 2048) if ctx is None else ctx
-        if not 2 <= window <= self.context_length:
-            raise RequestError(f"ctx: found {window}, expected 2 to {self.context_length}")
+        if not isinstance(window, int) or not 2 <= window <= self.context_length:
+            raise RequestError(f"ctx: found {window!r}, expected 2 to {self.context_length}")
         if len(ids) < 2:
             raise RequestError(f"text: found {len(ids)} tokens, expected at least 2")
         total, scored = 0.0, 0

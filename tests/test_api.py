@@ -223,6 +223,7 @@ def test_closing_and_unloading_under_a_stream(model: adaptrt.Model) -> None:
             "'cpu': has no GPU memory to limit, found a limit of 1073741824 bytes",
         ),
         (lambda m, f: adaptrt.load(f["base"], gpu_memory=0), RequestError, "gpu_memory: found 0"),
+        (lambda m, f: adaptrt.load(f["base"], gpu_memory="6GiB"), RequestError, "gpu_memory: found '6GiB'"),
         (lambda m, f: adaptrt.load(f["base"], precision="exactly"), RequestError, "exactly"),
         (lambda m, f: adaptrt.load(f["base"], threads=0), RequestError, "threads"),
     ],

@@ -257,6 +257,8 @@ def test_read_prompts(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("{", "is not JSON: "),
+        ("[" * 100_000, ""),  # nested too deep for the parser
+        ('{"prompt": "x", "seed": ' + "9" * 5000 + "}", "Exceeds the limit"),
         ("[1]", "found list, expected an object with a prompt"),
         ({"adapters": []}, "prompt: found None, expected text"),
         ({"prompt": 3}, "prompt: found 3, expected text"),
@@ -280,6 +282,14 @@ def test_read_prompts_names_the_line(tmp_path: Path, line: object, message: str)
     with pytest.raises(RequestError) as error:
         read_prompts(path, [], Sampling())
     assert str(error.value).startswith(f"{path}, line 2: {message}")
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs /dev/zero")
+def test_a_text_without_an_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adaptrt.cli.options.TEXT_LIMIT", 1 << 20)
+    assert (
+        adaptrt_cli("run", "demo", "-f", "/dev/zero").error == "/dev/zero: more than 1 MiB, expected a text"
+    )
 
 
 def test_an_empty_batch_is_refused(tmp_path: Path) -> None:
