@@ -78,6 +78,11 @@ def test_no_weights(folder: Path) -> None:
     assert refused(folder).endswith("model.safetensors: No such file or directory")
 
 
+def test_pickled_weights(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model-00001-of-00002.bin")
+    assert "has pytorch_model-00001-of-00002.bin, a pickle, which may run code" in refused(folder)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
