@@ -269,7 +269,8 @@ class Model:
         if self.chat_template is None:
             raise ModelError(f"{self._file.path}: has no chat template")
         names = ("bos_token", "eos_token", "unk_token", "pad_token")
-        special = {name: str(self.metadata.get(f"tokenizer.{name}", "")) for name in names}
+        stored = {name: self.metadata.get(f"tokenizer.{name}") for name in names}
+        special = {name: str(text) for name, text in stored.items() if text is not None}
         return render(self.chat_template, messages, special)
 
     # Generation

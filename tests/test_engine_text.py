@@ -161,6 +161,9 @@ def test_chat_template_matches_transformers(tmp_path: object) -> None:
     template = (
         CHATML
         + "{{ {'k': 'é<'} | tojson }}{% for i in [1,2] %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}"
+        + "{% if tools is not none %}tools{% endif %}{{ documents is defined }}{{ eos_token is defined }}"
+        + "{{ {'b': [1, 2], 'a': 'é'} | tojson(sort_keys=true, separators=(',', ':'), ensure_ascii=true) }}"
+        + "{% generation %}said {{ messages[1].content }}{% endgeneration %}."
     )
     expected, _ = render_jinja_template(
         conversations=[messages], chat_template=template, add_generation_prompt=True, bos_token="<s>"
