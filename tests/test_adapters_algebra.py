@@ -196,5 +196,9 @@ def test_the_command_refuses_an_adapter_file_that_cannot_be_lowered(world: World
         first = min(adapter.tensors)
         bytes_only = Tensor.from_numpy(np.zeros(adapter.tensors[first].shape, np.uint8))
         write_adapter_file(odd, replace(adapter, tensors={**adapter.tensors, first: bytes_only}))
-    outcome = adaptrt_cli("adapter", "combine", tmp_path / "new.adrt", odd, "--base", world.base)
-    assert outcome.code == 1 and "is of dtype u8, expected f32" in outcome.error
+    command = ["adapter", "combine", tmp_path / "new.adrt", odd, "--base", world.base]
+    assert "is of dtype u8, expected f32" in adaptrt_cli(*command).error
+    for text in ("[]", "{"):
+        odd.unlink()
+        write_adapter_file(odd, replace(adapter, config_text=text))
+        assert f"its config is '{text}', expected JSON" in adaptrt_cli(*command).error
