@@ -231,9 +231,11 @@ def read_text(path: Path) -> str:
 
 def read_stream(stream: BinaryIO, name: str) -> str:
     """UTF-8 text up to the end, which a device may not have. Raises AdaptrtError naming what is wrong."""
-    data = stream.read(TEXT_LIMIT + 1)
-    if len(data) > TEXT_LIMIT:
-        raise AdaptrtError(f"{name}: more than {TEXT_LIMIT >> 20} MiB, expected a text")
+    data = bytearray()
+    while piece := stream.read(1 << 20):
+        data += piece
+        if len(data) > TEXT_LIMIT:
+            raise AdaptrtError(f"{name}: more than {TEXT_LIMIT >> 20} MiB, expected a text")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
