@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import cached_property
-from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, cast, overload
 
@@ -25,8 +25,9 @@ from adaptrt.engine.adapters import AdapterSet, Stack
 from adaptrt.engine.chat import render
 from adaptrt.engine.engine import Engine, Job
 from adaptrt.engine.guard import GuardedExecutable
-from adaptrt.engine.request import AdapterSpec, Chunk, Request, Sampling
-from adaptrt.engine.text import Tokenizer
+from adaptrt.engine.request import AdapterSpec, Chunk, Request, Sampling, as_ids, as_stack
+from adaptrt.engine.sampler import require_finite
+from adaptrt.engine.text import Tokenizer, check_text_metadata
 from adaptrt.errors import (
     AdapterError,
     AdaptrtError,
@@ -39,6 +40,7 @@ from adaptrt.plugins import Registry, load_registry
 
 __all__ = ["Chunk", "Model", "Request", "Sampling", "load"]
 
+MAX_MEAN = 700.0  # nats a token; exp of more does not fit into float64
 DEMO = Path(__file__).parent / "demo" / "demo.adrt"
 
 
@@ -59,16 +61,16 @@ def load(
     fit stays on the host and is streamed (spec/backend.md).
     Raises FormatError, ModelError or BackendError, each in one line.
     """
-    if threads is not None and not 1 <= threads <= 1024:
-        raise RequestError(f"threads: found {threads}, expected 1 to 1024")
+    if threads is not None and not (isinstance(threads, int) and 1 <= threads <= 1024):
+        raise RequestError(f"threads: found {threads!r}, expected 1 to 1024")
     for name, value, known in (
         ("precision", precision, ("exact", "fast")),
         ("kv_dtype", kv_dtype, ("f16", "f32")),
     ):
         if value not in known:
             raise RequestError(f"{name}: found {value!r}, expected {' or '.join(known)}")
-    if gpu_memory is not None and not 1 <= gpu_memory < 2**63:
-        raise RequestError(f"gpu_memory: found {gpu_memory}, expected a number of bytes")
+    if gpu_memory is not None and not (isinstance(gpu_memory, int) and 1 <= gpu_memory < 2**63):
+        raise RequestError(f"gpu_memory: found {gpu_memory!r}, expected a number of bytes")
     options = LoadOptions(threads or 0, precision, kv_dtype, gpu_memory=gpu_memory or 0)
     registry = registry or load_registry()
     file = open_file(DEMO if str(path) == "demo" else Path(path))
@@ -113,6 +115,7 @@ class Model:
 
     def __init__(self, file: File, registry: Registry, backend: str, options: LoadOptions) -> None:
         base = open_base(file, registry.architectures)
+        check_text_metadata(file.metadata, file.path)
         program = base.program
         self.metadata: Mapping[str, Any] = file.metadata
         self.context_length = program.context_length
@@ -122,7 +125,7 @@ class Model:
         self._base = base
         loaded, _ = load_executable(registry.backends, backend, program, base.weights(), options)
         executable = GuardedExecutable(loaded)
-        end_ids = frozenset(int(token) for token in file.metadata.get("tokenizer.eos_token_ids", ()))
+        end_ids = frozenset(file.metadata.get("tokenizer.eos_token_ids", ()))
         self._executable = executable
         self._engine = Engine(executable, self.vocab_size, self.context_length, options.page_tokens, end_ids)
         self._adapters = AdapterSet(executable, self._lower)
@@ -172,7 +175,9 @@ class Model:
         BaseMismatchError saying what differs.
         """
         adapter = find_adapter(path, self._file, self._base, self._registry.variants, self._cleanup, progress)
-        name = name or adapter.name
+        name = adapter.name if name is None else name
+        if not isinstance(name, str) or not name:
+            raise AdapterError(f"adapter name {name!r}: expected text")
         self._adapters.add(name, adapter, scale, progress)
         return name
 
@@ -264,7 +269,8 @@ class Model:
         if self.chat_template is None:
             raise ModelError(f"{self._file.path}: has no chat template")
         names = ("bos_token", "eos_token", "unk_token", "pad_token")
-        special = {name: str(self.metadata.get(f"tokenizer.{name}", "")) for name in names}
+        stored = {name: self.metadata.get(f"tokenizer.{name}") for name in names}
+        special = {name: str(text) for name, text in stored.items() if text is not None}
         return render(self.chat_template, messages, special)
 
     # Generation
@@ -305,10 +311,14 @@ class Model:
         the fields of Sampling (temperature, top_k, top_p, min_p, repeat_penalty, seed, stop).
         """
         options = Sampling.from_dict({"max_tokens": max_tokens, **sampling})
+        if isinstance(prompt, bytes) or not isinstance(prompt, Sequence | np.ndarray):
+            raise RequestError(
+                f"prompt: found a {type(prompt).__name__}, expected text, token ids or a list of them"
+            )
         single = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int | np.integer))
         prompts = [prompt] if single else list(prompt)
         requests = [Request(cast("str | Sequence[int]", p), adapters, options) for p in prompts]
-        chunks = self._run([self._concrete(request) for request in requests])
+        chunks = _raising(self._run([self._concrete(request) for request in requests]))
         if stream:
             return chunks
         texts = [""] * len(requests)
@@ -330,19 +340,12 @@ class Model:
         yield from failed
         indices = [index for index, *_ in runnable]
         for chunk in self._run([(ids, stack, sampling) for _, ids, stack, sampling in runnable]):
-            yield Chunk(
-                indices[chunk.index],
-                chunk.text,
-                chunk.token_ids,
-                chunk.n_prompt_tokens,
-                chunk.n_tokens,
-                chunk.finish_reason,
-            )
+            yield replace(chunk, index=indices[chunk.index])
 
     def _concrete(self, request: Request) -> tuple[list[int], Stack, Sampling]:
         """Token ids and resolved stack of a request, checked."""
         text = isinstance(request.prompt, str)
-        ids = self.tokenize(cast(str, request.prompt)) if text else [int(token) for token in request.prompt]
+        ids = self.tokenize(cast(str, request.prompt)) if text else as_ids(request.prompt)
         self._engine.check(ids)
         stack = self._resolve(request.adapters)
         with self._adapters.use(stack):  # attach now: an adapter that does not fit fails this request alone
@@ -367,7 +370,7 @@ class Model:
     def logits(self, token_ids: Sequence[int], adapters: AdapterSpec = None) -> NDArray[np.float32]:
         """Logits after every token of one sequence: float32 [tokens, vocab]."""
         with self._adapters.use(self._resolve(adapters)) as handles:
-            ids = [int(token) for token in token_ids]
+            ids = as_ids(token_ids)
             return np.concatenate(list(self._engine.logits(ids, *self._adapters.place(handles, ids))))
 
     def perplexity(
@@ -385,8 +388,8 @@ class Model:
         """
         ids = self.tokenize(text)
         window = min(self.context_length, 2048) if ctx is None else ctx
-        if not 2 <= window <= self.context_length:
-            raise RequestError(f"ctx: found {window}, expected 2 to {self.context_length}")
+        if not isinstance(window, int) or not 2 <= window <= self.context_length:
+            raise RequestError(f"ctx: found {window!r}, expected 2 to {self.context_length}")
         if len(ids) < 2:
             raise RequestError(f"text: found {len(ids)} tokens, expected at least 2")
         total, scored = 0.0, 0
@@ -397,12 +400,16 @@ class Model:
                 scored += len(piece) - 1
                 if progress:
                     progress(start + len(piece), len(ids))
-        return math.exp(total / scored)
+        mean = total / scored
+        if mean > MAX_MEAN:
+            raise ModelError(f"perplexity: found {mean:g} nats a token, expected at most {MAX_MEAN}")
+        return math.exp(mean)
 
     def _negative_log_likelihood(self, ids: list[int], handles: tuple[int, ...]) -> float:
         """Summed over ids[1:], in nats."""
         total, done = 0.0, 0
         for logits in self._engine.logits(ids, *self._adapters.place(handles, ids)):
+            require_finite(logits.max())
             targets = ids[done + 1 : done + 1 + len(logits)]
             rows = logits[: len(targets)].astype(np.float64)
             top = rows.max(axis=1)
@@ -412,19 +419,9 @@ class Model:
         return total
 
 
-def as_stack(adapters: AdapterSpec) -> Stack:
-    """{"name": scale}, "name" or a list of names or (name, scale) as a stack. Raises AdapterError for a bad scale."""
-    if adapters is None:
-        return []
-    if isinstance(adapters, str):
-        return [(adapters, 1.0)]
-    items = adapters.items() if isinstance(adapters, Mapping) else [as_pair(item) for item in adapters]
-    for name, scale in items:
-        if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
-            raise AdapterError(f"adapter {name!r}: scale is {scale!r}, expected a finite number")
-    return [(name, float(scale)) for name, scale in items]
-
-
-def as_pair(item: str | tuple[str, float]) -> tuple[str, float]:
-    """A name alone has scale 1."""
-    return (item, 1.0) if isinstance(item, str) else (item[0], item[1])
+def _raising(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+    """The chunks of a call that fails as a whole. Raises ModelError for the first with an error."""
+    for chunk in chunks:
+        if chunk.error is not None:
+            raise ModelError(chunk.error)
+        yield chunk

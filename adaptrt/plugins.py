@@ -1,8 +1,9 @@
 """Finds plugins, asks each what it offers, and keeps what is sound.
 
-A plugin is all or nothing: one that fails to import, raises in a hook, misspells a hook or offers a name that
-is already taken contributes nothing. It is recorded with its error and named in a warning, never fatal. The
-built-ins come first, then plugins in adaptrt's own distribution, then everyone else's by name.
+A plugin is all or nothing: one that fails to import, raises in a hook, misspells a hook, offers something of
+another type or under a name that is already taken contributes nothing. It is recorded with its error and named in a
+warning, never fatal. The built-ins come first, then plugins in adaptrt's own distribution, then everyone else's by
+name.
 """
 
 from __future__ import annotations
@@ -29,7 +30,13 @@ if TYPE_CHECKING:
 log = logging.getLogger("adaptrt.plugins")
 
 GROUP = "adaptrt"
-KINDS = ("variants", "backends", "architectures", "importers")
+CONTRACTS = {  # kind → what each thing of it is; imported with the built-ins, which bring all four
+    "variants": ("adaptrt.adapters.variant", "Variant"),
+    "backends": ("adaptrt.backends.base", "Backend"),
+    "architectures": ("adaptrt.model.architecture", "Architecture"),
+    "importers": ("adaptrt.convert.base", "Importer"),
+}
+KINDS = tuple(CONTRACTS)
 HOOKS = {f"adaptrt_{kind}": kind for kind in KINDS}
 
 Offer = dict[str, dict[str, Any]]  # kind → name → object
@@ -116,10 +123,12 @@ def _ask(source: _Source) -> Offer:
         plugin = source.load()
         _refuse_unknown_hooks(manager, plugin)
         manager.register(plugin, source.name)
-        return {kind: _named(hook, getattr(manager.hook, hook)()) for hook, kind in HOOKS.items()}
+        return {kind: _named(hook, kind, getattr(manager.hook, hook)()) for hook, kind in HOOKS.items()}
     except PluginError:
         raise
-    except (Exception, SystemExit) as error:  # a stranger's code may fail in any way; none may take us down
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a stranger's code may fail in any way; none may take us down
         raise PluginError(_one_line(error)) from error
 
 
@@ -132,8 +141,9 @@ def _refuse_unknown_hooks(manager: pluggy.PluginManager, plugin: object) -> None
         raise PluginError(f"there is no hook '{name}', {hint}")
 
 
-def _named(hook: str, results: list[Any]) -> dict[str, Any]:
+def _named(hook: str, kind: str, results: list[Any]) -> dict[str, Any]:
     """Flatten what a hook returned into name → object."""
+    module, contract = CONTRACTS[kind]
     named: dict[str, Any] = {}
     for item in (item for result in results for item in result):
         if isinstance(item, type):
@@ -141,6 +151,9 @@ def _named(hook: str, results: list[Any]) -> dict[str, Any]:
         name = getattr(item, "name", None)
         if not isinstance(name, str) or not name:
             raise PluginError(f"{hook} returned a {type(item).__name__} without a name")
+        if not isinstance(item, getattr(import_module(module), contract)):
+            found = f"{hook} returned a {type(item).__name__} named '{name}'"
+            raise PluginError(f"{found}, expected a {contract} ({module})")
         if name in named:
             raise PluginError(f"{hook} returned two named '{name}'")
         named[name] = item

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,7 +20,11 @@ from helpers.tiny import convert_model
 from peft import PeftModel
 
 import adaptrt
+from adaptrt.adapters.storage import PREFIX, only_adapter, read_adapter
+from adaptrt.convert.peft import write_adapter_file
 from adaptrt.errors import AdaptrtError
+from adaptrt.format import open_file
+from adaptrt.tensor import Tensor
 
 IDS = [1, 5, 9, 100, 5, 2, 77, 1, 30, 12]
 OPTIONS: list[dict[str, Any]] = [
@@ -182,3 +186,19 @@ def test_the_command_writes_what_peft_loads(world: World, tmp_path: Path) -> Non
         assert relative_error(loaded(torch.tensor([IDS])).logits[0].numpy(), expected) <= 1e-4
     again = adaptrt_cli("adapter", "combine", out, *sources, "--base", world.base)
     assert again.code == 1 and "exists; --force replaces it" in again.error
+
+
+def test_the_command_refuses_an_adapter_file_that_cannot_be_lowered(world: World, tmp_path: Path) -> None:
+    sound, odd = tmp_path / "sound.adrt", tmp_path / "odd.adrt"
+    assert adaptrt_cli("convert", world.adapters[0], "-o", sound, "--base", world.base).code == 0
+    with open_file(sound) as file:
+        adapter = read_adapter(file, PREFIX + only_adapter(file))
+        first = min(adapter.tensors)
+        bytes_only = Tensor.from_numpy(np.zeros(adapter.tensors[first].shape, np.uint8))
+        write_adapter_file(odd, replace(adapter, tensors={**adapter.tensors, first: bytes_only}))
+    command = ["adapter", "combine", tmp_path / "new.adrt", odd, "--base", world.base]
+    assert "is of dtype u8, expected f32" in adaptrt_cli(*command).error
+    for text in ("[]", "{"):
+        odd.unlink()
+        write_adapter_file(odd, replace(adapter, config_text=text))
+        assert f"its config is '{text}', expected JSON" in adaptrt_cli(*command).error

@@ -23,7 +23,7 @@ import adaptrt
 from adaptrt.adapters.normal import LowRank
 from adaptrt.adapters.stack import lower
 from adaptrt.adapters.storage import read_adapter
-from adaptrt.adapters.stored import convert_tensors
+from adaptrt.adapters.stored import convert_tensors, declared_form
 from adaptrt.convert.peft import import_peft
 from adaptrt.errors import AdaptrtError
 from adaptrt.format import open_file
@@ -183,3 +183,10 @@ def test_a_config_of_no_method_is_refused(world: World, tmp_path: Path) -> None:
     text: dict[str, Any] = {"made": "by hand"}
     with pytest.raises(AdaptrtError, match="its config has no peft_type"):
         export_peft(replace(adapter, config_text=json.dumps(text)), VARIANTS, tmp_path / "o")
+
+
+def test_a_quantized_tensor_that_is_no_factor_keeps_its_shape() -> None:
+    """Nothing of the sort runs, but an export must not fall over it."""
+    for dims in ((), ("out",), ("out", "in")):
+        tensor = from_float32(np.ones((3,) * len(dims), np.float32), "int8")
+        assert declared_form(tensor, dims).shape == (3,) * len(dims)

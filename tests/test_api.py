@@ -26,6 +26,7 @@ from adaptrt.errors import (
     RequestError,
     UnknownAdapterError,
 )
+from adaptrt.format import Writer, open_file
 from adaptrt.plugins import load_registry
 from adaptrt.program import Program
 from adaptrt.tensor import Tensor
@@ -110,6 +111,38 @@ def test_requests_of_one_batch_fail_alone(model: adaptrt.Model) -> None:
     assert tokens == greedy(model, PROMPT, adapters={"a": 1.0}, max_tokens=3)
 
 
+def test_an_overflow_is_an_error_of_its_request_alone(model: adaptrt.Model) -> None:
+    greedily = adaptrt.Sampling(max_tokens=3, temperature=0)
+    requests = [adaptrt.Request(PROMPT, {"a": 1e38}, greedily), adaptrt.Request(PROMPT, {"a": 1.0}, greedily)]
+    chunks = list(model.generate_batch(requests))
+    last = {chunk.index: chunk for chunk in chunks if chunk.finish_reason}
+    assert last[0].finish_reason == "error" and str(last[0].error).startswith("logits: the largest is nan")
+    assert (last[1].finish_reason, last[1].n_tokens) == ("length", 3)
+    for temperature in (0, 0.8):
+        with pytest.raises(ModelError, match="logits: the largest is nan, expected a finite number"):
+            model.generate(PROMPT, adapters={"a": 1e38}, temperature=temperature)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("tokenizer.eos_token_ids", "12", "'12', expected a list of token ids"),
+        ("tokenizer.eos_token_ids", [True], r"\[True\], expected a list of token ids"),
+        ("tokenizer.chat_template", 5, "5, expected text"),
+    ],
+)
+def test_metadata_of_another_type_is_refused(
+    files: dict[str, Path], tmp_path: Path, key: str, value: object, words: str
+) -> None:
+    with (
+        open_file(files["base"]) as file,
+        Writer(tmp_path / "x.adrt", {**file.metadata, key: value}) as writer,
+    ):
+        writer.copy_section(file, "base")
+    with pytest.raises(ModelError, match=rf"x\.adrt: metadata {key} is {words}"):
+        adaptrt.load(tmp_path / "x.adrt")
+
+
 def test_threads_share_a_model(model: adaptrt.Model) -> None:
     prompts = [[seed, seed + 1, 3] * (seed + 1) for seed in range(6)]
     stacks = [{}, {"a": 1.0}, {"bee": 0.5}] * 2
@@ -159,7 +192,16 @@ def test_closing_and_unloading_under_a_stream(model: adaptrt.Model) -> None:
         (lambda m, f: m.unload_adapter("nobody"), UnknownAdapterError, "nobody.*loaded: a, bee"),
         (lambda m, f: m.set_adapter({"a": math.inf}), AdapterError, "inf.*finite"),
         (lambda m, f: m.set_adapter({"a": "1"}), AdapterError, "'1'"),
+        (lambda m, f: m.set_adapter({"a": 10**400}), AdapterError, "'a': scale is 10.*finite"),
+        (lambda m, f: m.set_adapter(5), AdapterError, "adapters: found 5, expected a name"),
+        (lambda m, f: m.set_adapter([("a",)]), AdapterError, "adapters: found .*expected a name"),
+        (lambda m, f: m.load_adapter(f["b"], name=5), AdapterError, "adapter name 5: expected text"),
         (lambda m, f: m.generate(PROMPT, temperature=-1), RequestError, "temperature"),
+        (lambda m, f: m.generate(PROMPT, temperature=10**400), RequestError, "temperature: found 10.*to 100"),
+        (lambda m, f: m.generate(5), RequestError, "prompt: found a int, expected text"),
+        (lambda m, f: m.generate([[1.5]]), RequestError, r"prompt: found \[1.5\], expected token ids"),
+        (lambda m, f: m.logits([1.0]), RequestError, r"prompt: found \[1.0\], expected token ids"),
+        (lambda m, f: m.logits("12"), RequestError, "prompt: found '12', expected token ids"),
         (lambda m, f: m.generate(PROMPT, tempo=1), RequestError, "tempo"),
         (lambda m, f: m.generate("hello"), ModelError, "no tokenizer"),
         (lambda m, f: m.logits([1, 9999]), RequestError, "9999"),
@@ -181,6 +223,7 @@ def test_closing_and_unloading_under_a_stream(model: adaptrt.Model) -> None:
             "'cpu': has no GPU memory to limit, found a limit of 1073741824 bytes",
         ),
         (lambda m, f: adaptrt.load(f["base"], gpu_memory=0), RequestError, "gpu_memory: found 0"),
+        (lambda m, f: adaptrt.load(f["base"], gpu_memory="6GiB"), RequestError, "gpu_memory: found '6GiB'"),
         (lambda m, f: adaptrt.load(f["base"], precision="exactly"), RequestError, "exactly"),
         (lambda m, f: adaptrt.load(f["base"], threads=0), RequestError, "threads"),
     ],

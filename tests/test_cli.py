@@ -155,10 +155,11 @@ def test_impossible_values_are_refused_before_a_model_is_opened(
         (OSError(28, "No space left on device", "out.adrt"), 1, "out.adrt: No space left on device"),
         (OSError("odd"), 1, "odd"),
         (ZeroDivisionError("x"), 1, "internal error, ADAPTRT_DEBUG=1 shows where: ZeroDivisionError: x"),
+        (BaseException("x"), 1, "internal error, ADAPTRT_DEBUG=1 shows where: BaseException: x"),
     ],
 )
 def test_errors_become_one_line(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, line: str
+    monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, line: str
 ) -> None:
     def fail() -> None:
         raise error
@@ -202,6 +203,13 @@ def test_closed_pipe_is_quiet() -> None:
             [sys.executable, "-m", "adaptrt", "--help"], stdout=closed, stderr=subprocess.PIPE, text=True
         )
     assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("descriptor", [0, 1, 2])
+def test_a_stream_that_the_caller_closed_is_as_good_as_empty(descriptor: int) -> None:
+    outcome = adaptrt_process("run", "demo", "-n", "1", setup=lambda: os.close(descriptor))
+    assert outcome.code == 0, outcome.err
+    assert "Traceback" not in outcome.err
 
 
 def test_plugins_lists_what_is_installed() -> None:
@@ -249,6 +257,8 @@ def test_read_prompts(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("{", "is not JSON: "),
+        ("[" * 100_000, ""),  # nested too deep for the parser
+        ('{"prompt": "x", "seed": ' + "9" * 5000 + "}", "Exceeds the limit"),
         ("[1]", "found list, expected an object with a prompt"),
         ({"adapters": []}, "prompt: found None, expected text"),
         ({"prompt": 3}, "prompt: found 3, expected text"),
@@ -272,6 +282,14 @@ def test_read_prompts_names_the_line(tmp_path: Path, line: object, message: str)
     with pytest.raises(RequestError) as error:
         read_prompts(path, [], Sampling())
     assert str(error.value).startswith(f"{path}, line 2: {message}")
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs /dev/zero")
+def test_a_text_without_an_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adaptrt.cli.options.TEXT_LIMIT", 1 << 20)
+    assert (
+        adaptrt_cli("run", "demo", "-f", "/dev/zero").error == "/dev/zero: more than 1 MiB, expected a text"
+    )
 
 
 def test_an_empty_batch_is_refused(tmp_path: Path) -> None:

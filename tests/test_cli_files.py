@@ -375,13 +375,14 @@ def small_files_only() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
 
 
-@pytest.mark.parametrize("command", ["convert", "pack", "adapter"])
+@pytest.mark.parametrize("command", ["convert", "pack", "adapter", "merge"])
 def test_a_full_disk_is_one_line_and_leaves_nothing(made: Made, tmp_path: Path, command: str) -> None:
     out = tmp_path / "out.adrt"
     args = {
         "convert": ["convert", made.folder, "-o", out],
         "pack": ["pack", out, made.model, made.poet],
         "adapter": ["adapter", "add", out, made.poet],
+        "merge": ["merge", made.model, made.poet, "--to", "hf", "-o", out],
     }[command]
     if command == "adapter":
         shutil.copy(made.model, out)

@@ -253,6 +253,12 @@ def test_eval_equals_transformers(tiny: Tiny, tmp_path: Path) -> None:
     )
 
 
+def test_eval_of_a_model_that_overflows_is_one_line(tiny: Tiny) -> None:
+    outcome = adaptrt_cli("eval", tiny.model, "--text", __file__, "-a", f"{tiny.adapters[0]}:1e38")
+    assert (outcome.code, outcome.out) == (1, "")
+    assert outcome.error.startswith("logits: the largest is nan, expected a finite number")
+
+
 def test_chat_applies_the_template_to_the_whole_conversation(tiny: Tiny) -> None:
     outcome = adaptrt_cli(
         "run",
@@ -362,9 +368,9 @@ def test_ctrl_c_stops_an_answer_or_clears_the_line(
     assert "adaptrt: stopped\n" in shown.err
 
 
-def test_ctrl_c_ends_a_run_with_130_and_keeps_the_text(tiny: Tiny) -> None:
-    command = [sys.executable, "-m", "adaptrt", "run", str(tiny.model), "-p", "O", "-n", "-1", *GREEDY]
-    command += ["--backend", "reference"]
+def test_ctrl_c_ends_a_run_with_130_and_keeps_the_text() -> None:
+    command = [sys.executable, "-m", "adaptrt", "run", "demo", "-p", "O", "-n", "-1", *GREEDY]
+    command += ["--backend", "reference"]  # slow enough that the answer is under way when the signal comes
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None

@@ -19,6 +19,13 @@ from adaptrt.convert.hf import HfImporter
 from adaptrt.errors import AdaptrtError, ConvertError
 
 Q = "model.layers.0.self_attn.q_proj.weight"
+PANICS = json.dumps(  # inside the tokenizers library, when it is read
+    {
+        "version": "1.0",
+        "model": {"type": "BPE", "vocab": {}, "merges": []},
+        "normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"},
+    }
+)
 DOWN = "model.layers.1.mlp.down_proj.weight"
 
 
@@ -69,6 +76,11 @@ def test_not_a_model_folder(tmp_path: Path) -> None:
 def test_no_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     assert refused(folder).endswith("model.safetensors: No such file or directory")
+
+
+def test_pickled_weights(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model-00001-of-00002.bin")
+    assert "has pytorch_model-00001-of-00002.bin, a pickle, which may run code" in refused(folder)
 
 
 @pytest.mark.parametrize(
@@ -239,6 +251,7 @@ def test_other_quantizations_are_refused_by_name(folder: Path, quantization: obj
     ("name", "content", "message"),
     [
         ("tokenizer.json", "{}", "tokenizer.json: not a tokenizer that can be read"),
+        ("tokenizer.json", PANICS, "tokenizer.json: not a tokenizer that can be read"),
         ("tokenizer_config.json", "nonsense", "tokenizer_config.json: not valid JSON"),
         ("tokenizer_config.json", '{"bos_token": 3}', "bos_token is 3, expected a string"),
         ("tokenizer_config.json", '{"chat_template": 3}', "chat_template is a int, expected a string"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -359,7 +359,7 @@ def test_the_importer_writes_a_file_of_its_own(world: World, tmp_path: Path) -> 
     assert importer.claims(world.folder) and not importer.claims(tmp_path) and not importer.claims(world.base)
     said = convert(world, world.folder, tmp_path / "a.adrt", name="voice")
     assert any("left out: a frozen copy of the base" in line for line in said)
-    assert verify(tmp_path / "a.adrt") is not None
+    assert verify(tmp_path / "a.adrt") == []
     with open_file(tmp_path / "a.adrt") as file:
         assert file.metadata["general.type"] == "adapter"
         assert file.metadata["general.architecture"] == "llama"
@@ -393,6 +393,21 @@ def test_conversion_failures_leave_no_file(world: World, tmp_path: Path) -> None
     with pytest.raises(AdaptrtError, match="is the base itself"):
         convert(world, world.folder, world.base)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad"]
+
+
+def test_a_variant_that_cannot_read_a_config_is_passed_over(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(LoraVariant):
+        name = "broken"
+
+        def claims(self, config: Mapping[str, Any]) -> bool:
+            return bool(config["a key that is never there"])
+
+    adapter = import_peft(world.folder, {**VARIANTS, "broken": Broken()}, world.view)
+    assert adapter.variant == "lora"
+    (warning,) = [line for line in caplog.messages if "broken" in line]
+    assert warning.startswith("variant broken passed over: it cannot read the config: KeyError")
 
 
 def test_an_adapter_file_is_no_base(world: World, tmp_path: Path) -> None:

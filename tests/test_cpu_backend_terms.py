@@ -20,6 +20,7 @@ from adaptrt.backends.reference import ReferenceBackend
 from adaptrt.program import Embed, Linear, Logits, Norm
 from adaptrt.quant.plain import from_float32
 from adaptrt.testing.programs import (
+    DTYPES,
     VOCABULARY,
     Model,
     Pages,
@@ -43,7 +44,6 @@ from adaptrt.testing.programs import (
 )
 from adaptrt.testing.programs import model as made
 
-DTYPES = ("f32", "f16", "bf16", "int8", "nf4")
 EXACT = 4e-6  # float32 sums of a few hundred products in another order
 OPTIONS = LoadOptions(threads=2, precision="exact", page_tokens=32, kv_dtype="f32")
 STEPS = (1, 2, 5, 8, 17)

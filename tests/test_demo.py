@@ -41,6 +41,18 @@ def test_fast_keeps_the_perplexity_of_exact(shared: Path) -> None:
     assert np.isclose(*found, rtol=1e-3)
 
 
+def test_the_demo_is_a_base_by_name_wherever_one_is_read(tmp_path: Path) -> None:
+    made, folder = tmp_path / "both.adrt", tmp_path / "folder"
+    for command in (
+        ["adapter", "combine", made, "bard:0.5", "--base", "demo"],
+        ["pack", tmp_path / "packed.adrt", "demo", made],
+        ["convert", made, "-o", folder, "--to", "peft"],
+        ["convert", folder, "-o", tmp_path / "again.adrt", "--base", "demo"],
+    ):
+        outcome = adaptrt_cli(*command)
+        assert outcome.code == 0, outcome.err
+
+
 def test_run_demo_without_a_prompt_continues_its_own() -> None:
     plain = adaptrt_cli("run", "demo", "-n", "12", "--temp", "0")
     voiced = adaptrt_cli("run", "demo", "-n", "12", "--temp", "0", "-a", "scripture")

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from adaptrt.engine.chat import render
 from adaptrt.engine.text import REPLACEMENT, Detokenizer, StopMatcher, Tokenizer
-from adaptrt.errors import ModelError
+from adaptrt.errors import ModelError, RequestError
 
 CORPUS = ["the quick brown fox", "jumps over the lazy dog", "čeština, русский, 日本語, 🦊🦊 and ünïcödé"]
 
 
-def byte_level() -> Tokenizer:
+def byte_level_json() -> str:
     hf = HfTokenizer(models.BPE())
     hf.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     hf.decoder = decoders.ByteLevel()
@@ -23,7 +26,7 @@ def byte_level() -> Tokenizer:
     hf.train_from_iterator(
         CORPUS, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
     )
-    return Tokenizer(hf.to_str().encode())
+    return str(hf.to_str())
 
 
 def sentencepiece_like() -> Tokenizer:
@@ -39,7 +42,7 @@ def sentencepiece_like() -> Tokenizer:
     return Tokenizer(hf.to_str().encode())
 
 
-TOKENIZERS = {"byte-level": byte_level(), "sentencepiece": sentencepiece_like()}
+TOKENIZERS = {"byte-level": Tokenizer(byte_level_json().encode()), "sentencepiece": sentencepiece_like()}
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
@@ -103,6 +106,48 @@ def test_unreadable_tokenizer_is_one_error() -> None:
         Tokenizer(b"{}")
 
 
+PRECOMPILED = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}  # the library panics over it
+NO_SUCH_TOKEN = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<x>", "type_id": 0}}],
+    "pair": [],
+    "special_tokens": {},
+}
+UNKNOWN = {"type": "WordLevel", "unk_token": "<unk>", "vocab": {"fox": 0}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"normalizer": PRECOMPILED}, "cannot be read"),
+        ({"post_processor": NO_SUCH_TOKEN}, "cannot encode"),
+        ({"model": UNKNOWN, "pre_tokenizer": None}, "cannot encode"),
+    ],
+    ids=["panic at load", "panic at use", "error at use"],
+)
+def test_a_tokenizer_that_fails_in_the_library_is_one_error(changes: dict[str, object], what: str) -> None:
+    broken = json.loads(byte_level_json()) | changes
+    with pytest.raises(ModelError, match=rf"tokenizer\.json: {what}"):
+        Tokenizer(json.dumps(broken).encode()).encode("the quick fox")
+
+
+def test_truncation_and_padding_do_not_act_as_in_transformers() -> None:
+    hf = HfTokenizer.from_str(byte_level_json())
+    whole = hf.encode("the quick brown fox").ids
+    hf.enable_truncation(2)
+    hf.enable_padding(length=64)
+    assert len(hf.encode("the quick brown fox").ids) == 64
+    oracle = PreTrainedTokenizerFast(tokenizer_object=hf)
+    assert Tokenizer(hf.to_str().encode()).encode("the quick brown fox") == whole
+    assert oracle("the quick brown fox").input_ids == whole
+
+
+@pytest.mark.parametrize("text", ["a\ud83d", "\udcff"])
+def test_text_that_is_not_unicode_is_refused(text: str) -> None:
+    with pytest.raises(RequestError, match=rf"character {len(text) - 1} is '.ud"):
+        TOKENIZERS["byte-level"].encode(text)
+
+
 CHATML = (
     "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -116,6 +161,9 @@ def test_chat_template_matches_transformers(tmp_path: object) -> None:
     template = (
         CHATML
         + "{{ {'k': 'é<'} | tojson }}{% for i in [1,2] %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}"
+        + "{% if tools is not none %}tools{% endif %}{{ documents is defined }}{{ eos_token is defined }}"
+        + "{{ {'b': [1, 2], 'a': 'é'} | tojson(sort_keys=true, separators=(',', ':'), ensure_ascii=true) }}"
+        + "{% generation %}said {{ messages[1].content }}{% endgeneration %}."
     )
     expected, _ = render_jinja_template(
         conversations=[messages], chat_template=template, add_generation_prompt=True, bos_token="<s>"
@@ -131,6 +179,8 @@ def test_chat_template_matches_transformers(tmp_path: object) -> None:
         "{% for x in range(10**9) %}{% endfor %}",
         "{{ messages.append(1) }}",
         "{% if %}",
+        "{{ 1 / 0 }}",
+        "{{ '{0.x} {1}'.format(5) }}",
     ],
 )
 def test_hostile_chat_templates_are_one_error(template: str) -> None:

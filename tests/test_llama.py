@@ -194,6 +194,11 @@ def test_config_is_honoured_or_refused_by_name(changes: dict[str, Any], message:
         {"rope_scaling": {"type": "default"}, "hidden_act": "swish", "partial_rotary_factor": 1.0},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 10000}, "rope_theta": 10000.0},
         {"pretraining_tp": 1, "model_type": None},
+        {
+            "is_llama_config": True,
+            "rope_interleaved": False,
+            "transformers.js_config": {"dtype": "q4"},
+        },  # SmolLM2
     ],
 )
 def test_options_at_rest_change_nothing(changes: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers.cli import adaptrt_cli
 
 from adaptrt.plugins import PluginRecord, Registry, load_registry
 
@@ -101,6 +102,15 @@ def test_a_strangers_plugin_is_found(install: Install) -> None:
             "adaptrt_backends returned two named 'x'",
         ),
         (BACKEND.format(name="x").replace("[Toy()]", "7"), "TypeError: "),
+        (
+            BACKEND.format(name="x").replace("unavailable", "available"),
+            "adaptrt_backends returned a Toy named 'x', expected a Backend (adaptrt.backends.base)",
+        ),
+        (
+            BACKEND.format(name="x").replace("adaptrt_backends", "adaptrt_variants"),
+            "adaptrt_variants returned a Toy named 'x', expected a Variant (adaptrt.adapters.variant)",
+        ),
+        ("raise BaseException('neither')", "BaseException: neither"),
     ],
 )
 def test_a_broken_plugin_is_named_and_skipped(
@@ -118,6 +128,13 @@ def test_a_broken_plugin_is_named_and_skipped(
     assert f"plugin broken (broken 1.2) skipped: {found.error}" in caplog.messages
     for kind in ("variants", "backends", "architectures", "importers"):
         assert list(getattr(registry, kind)) == list(getattr(sound, kind))
+
+
+def test_a_backend_that_cannot_say_whether_it_is_here_is_listed(install: Install) -> None:
+    install("odd", BACKEND.format(name="odd").replace("return None", "return 1 / 0"))
+    outcome = adaptrt_cli("plugins")
+    assert outcome.code == 0
+    assert "backend odd cannot run here: ZeroDivisionError: division by zero" in outcome.out
 
 
 def test_a_misspelt_hook_takes_its_whole_plugin_down(install: Install) -> None:

@@ -63,6 +63,11 @@ def test_greedy_is_argmax_after_the_penalty() -> None:
     assert Sampler(Sampling(temperature=0, repeat_penalty=2.0)).pick(logits, CONTEXT) == 20
 
 
+def test_a_tiny_temperature_is_greedy() -> None:
+    logits = np.array([0.0, 3.0, 2.0], np.float32)
+    assert Sampler(Sampling(temperature=5e-324)).pick(logits, []) == 1
+
+
 def test_a_seed_repeats_its_draws_and_another_does_not() -> None:
     logits = np.zeros(VOCAB, np.float32)
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptrt.adapters.lora import LoraVariant
-from adaptrt.adapters.problems import Problems
+from adaptrt.adapters.problems import Problems, brief
 from adaptrt.adapters.stored import declared_form
 from adaptrt.adapters.variant import Adapter, Progress, Target, no_progress
 from adaptrt.errors import AdapterError
@@ -142,9 +142,21 @@ def _factors(target: Target, adapter: Adapter, weight: float) -> Factors:
     return Factors(weight, float(target.params["scale"]), b, a)
 
 
+def _read_config(adapter: Adapter) -> dict[str, Any]:
+    try:
+        given = json.loads(adapter.config_text or "{}")
+    except (ValueError, RecursionError):
+        given = None
+    if not isinstance(given, dict):
+        raise AdapterError(
+            f"adapter {adapter.name!r}: its config is {brief(adapter.config_text)}, expected JSON"
+        )
+    return given
+
+
 def _config(adapters: Sequence[Adapter], targets: Sequence[Target], recipe: Recipe) -> str:
     """A LoraConfig that says what the new adapter is, on the first one's base."""
-    given: dict[str, Any] = json.loads(adapters[0].config_text) if adapters[0].config_text else {}
+    given = _read_config(adapters[0])
     paths = sorted({_module(target.tensors["A"]) for target in targets})
     ranks = {path: int(t.params["rank"]) for t in targets if (path := _module(t.tensors["A"]))}
     rank = max(ranks.values())

@@ -118,6 +118,8 @@ def check_tensors(file: File, specs: Sequence[TensorSpec]) -> None:
     for name, spec in wanted.items():
         if name in found and tuple(found[name].shape) != spec.shape:
             problems.append(f"{name}: found {list(found[name].shape)}, expected {list(spec.shape)}")
+        if name in found and found[name].dtype in ("u8", "i32"):
+            problems.append(f"{name}: found {found[name].dtype}, expected a type of weights")
     if problems:
         raise ModelError(
             f"{file.path}: {len(problems)} tensors do not fit the metadata: {'; '.join(problems[:3])}"

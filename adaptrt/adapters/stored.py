@@ -33,7 +33,7 @@ def is_factor(dims: Dims) -> bool:
 
 def stored_dims(dims: Dims, dtype: str) -> Dims:
     """The dimensions of a factor as stored: quantized, the base's own comes last."""
-    return dims[::-1] if dtype in QUANTIZED and dims[0] in ("out", "in") else dims
+    return dims[::-1] if dtype in QUANTIZED and is_factor(dims) and dims[0] in ("out", "in") else dims
 
 
 def declared_form(tensor: Tensor, dims: Dims) -> Tensor:

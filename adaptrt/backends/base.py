@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,6 +107,7 @@ def prefetch(executable: Executable, handles: Sequence[int]) -> None:
         bring(handles)
 
 
+@runtime_checkable
 class Backend(Protocol):
     """Something that runs Programs. Registered through the `adaptrt_backends` hook.
 

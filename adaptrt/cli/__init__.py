@@ -67,11 +67,19 @@ def cli(ctx: click.Context) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and exit."""
+    _replace_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="replace")  # a terminal that lacks a character shows '?' instead of failing
     debug = bool(os.environ.get("ADAPTRT_DEBUG"))
     sys.exit(_invoke(args) if debug else _guarded(args))
+
+
+def _replace_closed_streams() -> None:
+    """What the caller closed (`>&-`) is None in Python; a null device also keeps our files off its number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115, PTH123 - for the life of the process
 
 
 def _invoke(args: Sequence[str] | None) -> int:
@@ -100,7 +108,9 @@ def _guarded(args: Sequence[str] | None) -> int:
         return _finish(1, "out of memory")
     except OSError as error:
         return _finish(1, _describe(error))
-    except Exception as error:  # a bug of ours; users still deserve one line
+    except SystemExit:
+        raise
+    except BaseException as error:  # a bug of ours, or a library's own kind; users still deserve one line
         return _finish(1, f"internal error, ADAPTRT_DEBUG=1 shows where: {type(error).__name__}: {error}")
 
 

@@ -114,6 +114,8 @@ def combine_command(
         found = [find_adapter(choice.source, file, view, registry.variants, cleanup) for choice in choices]
         weights = [choice.scale for choice in choices]
         with Progress(f"combining into {out}") as progress:
+            for one in found:
+                check_lowers(one, registry.variants, view)
             adapter = combine(found, weights, name or out.stem, recipe, progress)
             check_lowers(adapter, registry.variants, view)
             write_adapter_file(out, replace(adapter, base=view.record()))

@@ -10,7 +10,7 @@ import click
 from adaptrt.adapters.storage import PREFIX, list_adapters, only_adapter, read_adapter
 from adaptrt.adapters.stored import AdapterDtype
 from adaptrt.cli.notes import SOON, Progress, note, show_adapter_notes, size_text
-from adaptrt.cli.options import PATH, check_new, grouped
+from adaptrt.cli.options import PATH, check_new, grouped, model_path
 from adaptrt.convert.base import ConvertOptions, Importer, WeightDtype
 from adaptrt.convert.to_peft import export_peft
 from adaptrt.errors import ConvertError
@@ -22,7 +22,12 @@ DTYPE = click.Choice(get_args(WeightDtype))
 convert_options = grouped(
     "options",
     dict,
-    click.option("--base", type=PATH, metavar="BASE", help="The .adrt file that an adapter belongs to."),
+    click.option(
+        "--base",
+        callback=lambda _ctx, _param, text: model_path(text) if text else None,
+        metavar="BASE",
+        help="The .adrt file that an adapter belongs to.",
+    ),
     click.option("--dtype", type=DTYPE, help="Of the linear layers.  [default: nf4]"),
     click.option(
         "--head", type=DTYPE, help="Of the embedding and head.  [default: int8 if --dtype is quantized]"

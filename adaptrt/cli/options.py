@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import click
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Stack = list[tuple[str, float]]  # (adapter name, scale) in stacking order
+
+TEXT_LIMIT = 1 << 30  # bytes
 
 PATH = click.Path(path_type=Path)
 
@@ -223,11 +225,17 @@ def check_new(out: Path, sources: Sequence[Path], force: bool) -> None:
 
 def read_text(path: Path) -> str:
     """A UTF-8 text file. Raises AdaptrtError naming the byte that is not UTF-8."""
-    return decode(path.read_bytes(), str(path))
+    with path.open("rb") as file:
+        return read_stream(file, str(path))
 
 
-def decode(data: bytes, name: str) -> str:
-    """Bytes as UTF-8 text. Raises AdaptrtError naming the byte that is not."""
+def read_stream(stream: BinaryIO, name: str) -> str:
+    """UTF-8 text up to the end, which a device may not have. Raises AdaptrtError naming what is wrong."""
+    data = bytearray()
+    while piece := stream.read(1 << 20):
+        data += piece
+        if len(data) > TEXT_LIMIT:
+            raise AdaptrtError(f"{name}: more than {TEXT_LIMIT >> 20} MiB, expected a text")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -8,7 +8,7 @@ import click
 
 from adaptrt.adapters.base import open_base
 from adaptrt.cli.notes import Progress, note, size_text
-from adaptrt.cli.options import PATH, check_new
+from adaptrt.cli.options import PATH, check_new, model_path
 from adaptrt.cli.store import store_adapter
 from adaptrt.format import Writer, open_file
 from adaptrt.plugins import load_registry
@@ -16,15 +16,16 @@ from adaptrt.plugins import load_registry
 
 @click.command()
 @click.argument("out", type=PATH)
-@click.argument("base", type=PATH)
+@click.argument("base")
 @click.argument("adapters", type=PATH, nargs=-1, required=True, metavar="ADAPTER...")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
-def command(out: Path, base: Path, adapters: tuple[Path, ...], force: bool) -> None:
+def command(out: Path, base: str, adapters: tuple[Path, ...], force: bool) -> None:
     """Write OUT with everything in BASE and each ADAPTER, an .adrt file or a PEFT folder."""
-    check_new(out, (base, *adapters), force)
+    source = model_path(base)
+    check_new(out, (source, *adapters), force)
     registry = load_registry()
     names = []
-    with open_file(base) as file, Progress(f"packing {out}") as progress:
+    with open_file(source) as file, Progress(f"packing {out}") as progress:
         view = open_base(file, registry.architectures)
         with Writer(out, file.metadata) as writer:
             steps = len(file.sections) + len(adapters)

@@ -13,6 +13,7 @@ from string import Template
 
 import click
 
+from adaptrt.backends.base import Backend
 from adaptrt.cli.notes import note
 from adaptrt.cli.options import PATH, as_json
 from adaptrt.errors import PluginError
@@ -82,13 +83,13 @@ def _write(folder: Path, contents: Mapping[str, str]) -> None:
         for path, text in contents.items():
             (folder / path).parent.mkdir(exist_ok=True)
             (folder / path).write_text(text, encoding="utf-8")
-    except OSError:
+    except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
-        raise
+        raise PluginError(f"{folder}: {error.strerror}") from error
 
 
 def _json(registry: Registry) -> str:
-    backends = {name: backend.unavailable() for name, backend in registry.backends.items()}
+    backends = {name: _unavailable(backend) for name, backend in registry.backends.items()}
     plugins = [asdict(plugin) for plugin in registry.plugins]
     return json.dumps({"plugins": plugins, "unavailable_backends": {k: v for k, v in backends.items() if v}})
 
@@ -99,9 +100,16 @@ def _text(registry: Registry) -> str:
         for plugin in registry.plugins
     ]
     for name, backend in registry.backends.items():
-        if reason := backend.unavailable():
+        if reason := _unavailable(backend):
             lines.append(f"backend {name} cannot run here: {reason}")
     return "\n".join(lines)
+
+
+def _unavailable(backend: Backend) -> str | None:
+    try:
+        return backend.unavailable()
+    except Exception as error:  # a stranger's code
+        return f"{type(error).__name__}: {error}"
 
 
 def _outcome(plugin: PluginRecord) -> str:

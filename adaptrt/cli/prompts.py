@@ -43,7 +43,7 @@ def read_prompts(path: Path, adapters: Sequence[AdapterChoice], sampling: Sampli
             raise RequestError(
                 f"{path}, line {number}: is not JSON: {error.msg}, column {error.colno}"
             ) from None
-        except AdaptrtError as error:
+        except (AdaptrtError, ValueError, RecursionError) as error:  # a number too long, nested too deep
             raise RequestError(f"{path}, line {number}: {error}") from None
     if not tasks:
         raise RequestError(f"{path}: holds no prompts; expected one JSON object a line")

@@ -22,9 +22,9 @@ from adaptrt.cli.options import (
     Stack,
     adapter_option,
     as_json,
-    decode,
     grouped,
     loading_options,
+    read_stream,
     read_text,
     sampling_options,
 )
@@ -67,7 +67,7 @@ class Input:
             raise click.UsageError("the prompt is empty")
         if text is not None or self.chat or sys.stdin.isatty():
             return text
-        return decode(sys.stdin.buffer.read(), "standard input").removesuffix("\n") or None
+        return read_stream(sys.stdin.buffer, "standard input").removesuffix("\n") or None
 
 
 input_options = grouped(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Literal, Protocol, get_args, runtime_checkable
 
 from adaptrt.errors import ConvertError
 from adaptrt.model.llama import LlamaArchitecture
@@ -55,6 +55,7 @@ class ConvertOptions:
         return self.head or ("int8" if self.linear_dtype in ("nf4", "int8") else self.linear_dtype)
 
 
+@runtime_checkable
 class Importer(Protocol):
     """Reads one foreign format. Stateless: one instance serves every conversion."""
 

@@ -23,21 +23,23 @@ Shapes = Mapping[str, tuple[str, tuple[int, ...]]]  # by name: dtype, in lower c
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder to fill beside `out`, which it becomes on a clean exit; an exception leaves nothing.
 
-    Raises ConvertError when `out` exists and is anything but an empty folder.
+    Raises ConvertError when `out` exists and is anything but an empty folder, or cannot be written.
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConvertError(f"{out}: exists, expected a new folder")
-    building = out.with_name(f".{out.name}.tmp")
+    place = out.resolve()  # "." has no name
+    building = place.with_name(f".{place.name}.tmp")
     shutil.rmtree(building, ignore_errors=True)  # what a killed writer left
-    building.mkdir(parents=True)
     try:
+        building.mkdir()
         yield building
-        if out.exists():
-            out.rmdir()
-        building.rename(out)
-    except BaseException:
+        if place.exists():
+            place.rmdir()
+        building.rename(place)
+    except OSError as error:
+        raise ConvertError(f"{out}: {error.strerror or error}") from error
+    finally:
         shutil.rmtree(building, ignore_errors=True)
-        raise
 
 
 def write_json(path: Path, value: Any) -> None:

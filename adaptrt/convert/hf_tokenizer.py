@@ -62,7 +62,9 @@ def _load(stored: bytes | None, path: Path) -> Any:
 
     try:
         return Tokenizer.from_buffer(stored)
-    except Exception as error:  # the library raises plain Exception
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the library raises plain Exception, and panics, which are none
         reason = " ".join(str(error).split())[:160]
         raise ConvertError(f"{path}: not a tokenizer that can be read ({reason})") from error
 

@@ -178,7 +178,7 @@ def _read_config(folder: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _find_variant(folder: Path, config: Mapping[str, Any], variants: Mapping[str, Variant]) -> Variant:
-    claimed = [variant for _, variant in sorted(variants.items()) if variant.claims(config)]
+    claimed = [variant for _, variant in sorted(variants.items()) if _claims(variant, config)]
     if len(claimed) == 1:
         return claimed[0]
     method = f"peft_type {brief(config.get('peft_type'))}"
@@ -190,6 +190,14 @@ def _find_variant(folder: Path, config: Mapping[str, Any], variants: Mapping[str
     raise AdapterError(
         f"{folder}: no installed variant handles {method}: it needs a variant plugin; installed: {installed}"
     )
+
+
+def _claims(variant: Variant, config: Mapping[str, Any]) -> bool:
+    try:
+        return variant.claims(config)
+    except Exception as error:  # a stranger's code; the other variants may still know this adapter
+        log.warning("variant %s passed over: it cannot read the config: %r", variant.name, error)
+        return False
 
 
 def _find_initial(folder: Path, config: Mapping[str, Any], initial: Path | None) -> Path | None:

@@ -209,6 +209,11 @@ class Checkpoint:
         index_path = self.folder / "model.safetensors.index.json"
         single = self.folder / "model.safetensors"
         if single.exists() or not index_path.exists():
+            if not single.exists() and (pickled := sorted(self.folder.glob("pytorch_model*.bin"))):
+                raise ConvertError(
+                    f"{self.folder}: has {pickled[0].name}, a pickle, which may run code; load it in transformers "
+                    f"once and save it with save_pretrained(…) to get {single.name}"
+                )
             self._take(SafetensorsFile(single))
             return
         listed = _read_index(index_path)

@@ -1,4 +1,4 @@
-"""Chat templates: a model's own jinja2 template, run in a sandbox."""
+"""Chat templates: a model's own jinja2 template, run in a sandbox as transformers runs it."""
 
 from __future__ import annotations
 
@@ -16,35 +16,50 @@ def render(template: str, messages: Sequence[Mapping[str, str]], special_tokens:
     `special_tokens` gives bos_token, eos_token, … to the template, as Hugging Face does. Raises ModelError naming
     what the template refused.
     """
-    from jinja2 import TemplateError
-    from jinja2.ext import loopcontrols
+    variables = {"messages": list(messages), "add_generation_prompt": True, "tools": None, "documents": None}
+    try:
+        return str(_environment().from_string(template).render(variables, **special_tokens))
+    except ModelError:
+        raise
+    except Exception as error:  # a stranger's code may fail in any way
+        raise ModelError(f"chat template: {str(error) or type(error).__name__}") from error
+
+
+def _environment() -> Any:
+    """What transformers gives to templates."""
+    from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+    class Generation(Extension):
+        """`{% generation %}` marks what an assistant says, for training; the text is that of its body."""
+
+        tags = {"generation"}  # noqa: RUF012 - as jinja2 has it
+
+        def parse(self, parser: Any) -> Any:
+            """The body."""
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
     )
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     environment.filters["tojson"] = _to_json
-    try:
-        return environment.from_string(template).render(
-            messages=list(messages), add_generation_prompt=True, **special_tokens
-        )
-    except (
-        TemplateError,
-        TypeError,
-        ValueError,
-        KeyError,
-        OverflowError,
-        RecursionError,
-        MemoryError,
-    ) as error:
-        raise ModelError(f"chat template: {error}") from error
+    return environment
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     """Like jinja2's filter but without HTML escaping, which prompts must not have."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _refuse(message: str) -> None:

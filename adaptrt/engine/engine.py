@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from adaptrt.engine.sampler import Sampler
 from adaptrt.engine.scheduler import Scheduler, Slice, build_batch, last_rows
 from adaptrt.engine.scheduler import Sequence as Running
 from adaptrt.engine.text import Detokenizer, StopMatcher, Tokenizer
-from adaptrt.errors import ContextError, RequestError
+from adaptrt.errors import ContextError, ModelError, RequestError
 
 MAX_BATCH_TOKENS = (
     512  # a step's tokens: large enough for prefill to be efficient, small enough to stay responsive
@@ -58,7 +58,10 @@ class Answer:
 
     def push(self, logits: NDArray[np.float32]) -> Chunk:
         """Choose the next token from logits [vocabulary] and say what became readable."""
-        token = self._sampler.pick(logits, self.sequence.ids)
+        try:
+            token = self._sampler.pick(logits, self.sequence.ids)
+        except ModelError as error:
+            return replace(self._chunk(self._rest(), (), "error"), error=str(error))
         if token in self._end_ids:
             return self._chunk(self._rest(), (), "stop")
         self.sequence.ids.append(token)

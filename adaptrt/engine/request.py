@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from adaptrt.errors import RequestError
+from adaptrt.errors import AdapterError, RequestError
 
 FinishReason = Literal["stop", "length", "error"]
 
@@ -69,7 +70,7 @@ def check_range(name: str, value: Any, low: float, high: float) -> None:
     if value is None and name in _OPTIONAL:
         return
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not low <= value <= high:
+    if not number or not low <= value <= high:  # which NaN never is
         raise RequestError(f"{name}: found {value!r}, expected a number from {low:g} to {high:g}")
 
 
@@ -80,6 +81,38 @@ def check_integer(name: str, value: Any) -> None:
 
 
 AdapterSpec = str | Mapping[str, float] | Sequence[str | tuple[str, float]] | None
+
+
+def as_stack(adapters: AdapterSpec) -> list[tuple[str, float]]:
+    """(adapter name, scale) in stacking order; a name alone has scale 1. Raises AdapterError naming what it is not."""
+    try:
+        if isinstance(adapters, Mapping):
+            pairs: list[Any] = list(adapters.items())
+        else:
+            items = [adapters] if isinstance(adapters, str) else adapters or ()
+            pairs = [(item, 1.0) if isinstance(item, str) else (item[0], item[1]) for item in items]
+    except (TypeError, IndexError):
+        expected = "a name, a list of names or (name, scale), or scales by name"
+        raise AdapterError(f"adapters: found {adapters!r}, expected {expected}") from None
+    return [(name, _as_scale(name, scale)) for name, scale in pairs]
+
+
+def _as_scale(name: str, scale: Any) -> float:
+    try:
+        number = math.nan if isinstance(scale, bool | str) else float(scale)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise AdapterError(f"adapter {name!r}: scale is {scale!r}, expected a finite number")
+    return number
+
+
+def as_ids(tokens: Sequence[int] | str) -> list[int]:
+    """Token ids as plain integers. Raises RequestError for what is none: 1.0 is no id."""
+    try:
+        return [operator.index(token) for token in tokens]  # type: ignore[arg-type]
+    except TypeError:
+        raise RequestError(f"prompt: found {tokens!r:.80}, expected token ids") from None
 
 
 @dataclass(frozen=True)

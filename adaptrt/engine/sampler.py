@@ -8,6 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptrt.engine.request import Sampling
+from adaptrt.errors import ModelError
+
+COLDEST = 1e-6  # a temperature below it is greedy: dividing by it would overflow
 
 
 class Sampler:
@@ -19,10 +22,14 @@ class Sampler:
         self._rng = np.random.Generator(np.random.PCG64(self.seed))
 
     def pick(self, logits: NDArray[np.float32], context: list[int]) -> int:
-        """The next token id. logits [vocabulary]; `context` holds the ids so far, for the repeat penalty."""
+        """The next token id. logits [vocabulary]; `context` holds the ids so far, for the repeat penalty.
+
+        Raises ModelError for logits that are not finite.
+        """
+        require_finite(logits.max())
         if self.sampling.repeat_penalty != 1.0:
             logits = penalize(logits, context, self.sampling.repeat_penalty)
-        if self.sampling.temperature == 0:
+        if self.sampling.temperature < COLDEST:
             return int(np.argmax(logits))
         ids, kept = self._filter(logits)
         probabilities = softmax(kept / self.sampling.temperature)
@@ -43,6 +50,15 @@ class Sampler:
         keep = (before < self.sampling.top_p) & (probabilities >= self.sampling.min_p * probabilities[0])
         keep[0] = True
         return ids[keep], kept[keep]
+
+
+def require_finite(largest: np.floating) -> None:
+    """Raise ModelError unless the largest logit of a token is finite; NaN among them makes it NaN."""
+    if not np.isfinite(largest):
+        raise ModelError(
+            f"logits: the largest is {largest}, expected a finite number: "
+            "the model's weights or an adapter's scale are too large"
+        )
 
 
 def penalize(logits: NDArray[np.float32], context: list[int], penalty: float) -> NDArray[np.float32]:

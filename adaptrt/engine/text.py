@@ -2,32 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from adaptrt.errors import ModelError
+from adaptrt.errors import ModelError, RequestError
 
 REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are not yet a whole character
 
 
 class Tokenizer:
-    """A Hugging Face tokenizer.json. Raises ModelError when it cannot be read."""
+    """A Hugging Face tokenizer.json. Raises ModelError when it cannot be read or used.
+
+    Its `truncation` and `padding` are what a training run left behind; as in transformers they do not act.
+    """
 
     def __init__(self, json_bytes: bytes) -> None:
         from tokenizers import Tokenizer as HfTokenizer  # deferred: nothing else needs it
 
-        try:
+        with _naming("cannot be read"):
             self._hf: Any = HfTokenizer.from_buffer(json_bytes)
-        except Exception as error:  # the library raises plain Exception
-            raise ModelError(f"tokenizer.json: cannot be read: {error}") from error
+        self._hf.no_truncation()
+        self._hf.no_padding()
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of text; special tokens such as BOS are added as the tokenizer says."""
-        return list(self._hf.encode(text, add_special_tokens=add_special_tokens).ids)
+        """Token ids of text; special tokens such as BOS are added as the tokenizer says.
+
+        Raises RequestError for text that is not Unicode: half of a surrogate pair, or a byte that was not UTF-8.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            found = f"character {error.start} is {text[error.start]!r}"
+            raise RequestError(f"text: {found}, which is no Unicode text, expected UTF-8") from None
+        with _naming("cannot encode this text"):
+            return list(self._hf.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that form no character become U+FFFD."""
-        return str(self._hf.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        with _naming("cannot decode token ids"):
+            return str(self._hf.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+
+@contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """Turn the library's plain Exceptions, and its panics, which are none, into one ModelError."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise ModelError(f"tokenizer.json: {what}: {' '.join(str(error).split())}") from error
+
+
+def check_text_metadata(metadata: Mapping[str, Any], path: Path) -> None:
+    """Refuse a model file whose metadata about text has another type than it must. Raises ModelError."""
+    ids = metadata.get("tokenizer.eos_token_ids", [])
+    if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+        raise ModelError(
+            f"{path}: metadata tokenizer.eos_token_ids is {ids!r:.80}, expected a list of token ids"
+        )
+    for key in ("tokenizer.chat_template", "general.sample_prompt"):
+        if not isinstance(metadata.get(key, ""), str):
+            raise ModelError(f"{path}: metadata {key} is {metadata[key]!r:.80}, expected text")
 
 
 class Detokenizer:
