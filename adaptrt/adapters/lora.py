@@ -112,9 +112,9 @@ class LoraVariant(Variant):
                 module.discard(suffix, "it acts in training only")
         return {"rank": rank, "scale": self.scaling(float(alpha), rank)}, roles
 
-    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight, scale: float) -> Lowered:
+    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight) -> Lowered:
         """U = B, V = A, and c = scale · bias (PEFT scales lora_bias with the product)."""
-        scale *= float(params["scale"])
+        scale = float(params["scale"])
         term = LowRank(u=tensors["B"], v=tensors["A"], scale=scale)
         c = to_float32(tensors["bias"]) * scale if "bias" in tensors else None
         return Lowered(terms=(term,), c=c)

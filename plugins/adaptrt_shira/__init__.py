@@ -39,7 +39,7 @@ class ShiraVariant(Variant):
         """See Variant.resolve."""
         return {}, {"values": "shira_weight", "places": "shira_indices"}
 
-    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight, scale: float) -> Lowered:
+    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight) -> Lowered:
         """Places in any order become compressed rows; entries in one place add up, as in PEFT.
 
         Raises AdapterError for a place outside the weight.
@@ -55,7 +55,7 @@ class ShiraVariant(Variant):
         places, entry = np.unique(rows * inner + columns, return_inverse=True)
         values = np.bincount(entry, to_float32(tensors["values"]), len(places)).astype(np.float32)
         row_start = np.searchsorted(places, np.arange(out + 1) * inner).astype(np.int32)
-        return Lowered(terms=(Sparse(row_start, (places % inner).astype(np.int32), values, scale),))
+        return Lowered(terms=(Sparse(row_start, (places % inner).astype(np.int32), values),))
 
 
 @hookimpl

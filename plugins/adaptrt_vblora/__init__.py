@@ -64,7 +64,7 @@ class VbLoraVariant(Variant):
         }
         return params, {"bank": BANK, **roles}
 
-    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight, scale: float) -> Lowered:
+    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight) -> Lowered:
         """U = B, V = A. Raises AdapterError for logits of other sizes and for vectors that the bank has not."""
         bank = to_float32(tensors["bank"])
         topk = int(params["topk"])
@@ -74,7 +74,7 @@ class VbLoraVariant(Variant):
         u = b.transpose(0, 2, 1).reshape(-1, b.shape[1])
         if (len(u), v.shape[1]) != base.shape:
             raise AdapterError(f"vectors make [{len(u)}, {v.shape[1]}], expected {list(base.shape)}")
-        return Lowered(terms=(LowRank(Tensor.from_numpy(u), Tensor.from_numpy(v), scale),))
+        return Lowered(terms=(LowRank(Tensor.from_numpy(u), Tensor.from_numpy(v)),))
 
 
 def _mixtures(name: str, tensors: Mapping[str, Tensor], bank: Floats, topk: int) -> Floats:
