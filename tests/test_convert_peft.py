@@ -71,7 +71,7 @@ def refusal(folder: Path, view: BaseView, variants: Any = VARIANTS) -> str:
 OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "qalora": (
         {"use_qalora": True},
-        "handles peft_type 'LORA' with use_qalora: it needs a variant plugin; installed: ",
+        "handles peft_type 'LORA' with use_qalora: it needs a variant plugin, or, where PEFT can merge it",
     ),
     "qalora and rslora": (
         {"use_qalora": True, "use_rslora": True},
@@ -88,6 +88,10 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "another method": (
         {"peft_type": "XLORA"},
         "no installed variant handles peft_type 'XLORA': it needs a variant plugin",
+    ),
+    "no change": (
+        {"peft_type": "PREFIX_TUNING"},
+        "'PREFIX_TUNING' is not supported: it gives the model more",
     ),
     "no type": ({"peft_type": None}, "no installed variant handles peft_type None"),
     "odd type": ({"peft_type": ["LORA"]}, "no installed variant handles peft_type ['LORA']"),
@@ -402,7 +406,16 @@ def test_an_adapter_file_is_no_base(world: World, tmp_path: Path) -> None:
 
 
 def test_options_at_rest_and_of_training_are_accepted(world: World, tmp_path: Path) -> None:
-    config = {"lora_dropout": 0.1, "future": None, "other": [], "use_qalora": False, "revision": "main"}
+    config = {
+        "lora_dropout": 0.1,
+        "future": None,
+        "other": [],
+        "use_qalora": False,
+        "revision": "main",
+        **dict.fromkeys(
+            ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"), None
+        ),  # as axolotl saves some
+    }
     folder = edited(world.folder, tmp_path / "a", config)
     edit_tensors(folder, lambda tensors: tensors)
     assert json.loads(import_peft(folder, VARIANTS, world.view).config_text)["lora_dropout"] == 0.1

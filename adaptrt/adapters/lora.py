@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from adaptrt.adapters.normal import Lowered, LowRank
-from adaptrt.adapters.options import Rule, any_value, boolean, finite, match_pattern, patterns, positive_int
+from adaptrt.adapters.options import Rule, any_value, finite, flag, match_pattern, patterns, positive_int
 from adaptrt.adapters.problems import Problems
 from adaptrt.adapters.variant import BaseWeight, Module, Params, Roles, Variant
 from adaptrt.quant.plain import to_float32
@@ -68,10 +68,10 @@ class LoraVariant(Variant):
         "lora_alpha": finite,
         "rank_pattern": patterns(positive_int),
         "alpha_pattern": patterns(finite),
-        "lora_bias": boolean,
+        "lora_bias": flag,
         "init_lora_weights": _initialisation,
-        **dict.fromkeys(("use_rslora", "use_dora", "use_qalora"), boolean),
-        "fan_in_fan_out": boolean,  # says how the base stores W; A and B are the same
+        **dict.fromkeys(("use_rslora", "use_dora", "use_qalora"), flag),
+        "fan_in_fan_out": flag,  # says how the base stores W; A and B are the same
         **dict.fromkeys(
             # of training, of an initialisation, or of a method that another option switches on
             ("lora_dropout", "velora_config", "monteclora_config", "runtime_config", "loftq_config",

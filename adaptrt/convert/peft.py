@@ -41,6 +41,10 @@ INITIAL_NOTE = (
     "its initialisation changed the base: converted to LoRA of twice the rank on the unchanged base"
 )
 
+NO_CHANGE = (  # PEFT's methods that are not changes of layers
+    "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE",
+)  # fmt: skip
+
 log = logging.getLogger("adaptrt.convert")
 
 
@@ -186,9 +190,15 @@ def _find_variant(folder: Path, config: Mapping[str, Any], variants: Mapping[str
         method += f" with {', '.join(switches)}"
     if claimed:
         raise AdapterError(f"{folder}: {method} is claimed by variants {', '.join(v.name for v in claimed)}")
+    if config.get("peft_type") in NO_CHANGE:
+        raise AdapterError(
+            f"{folder}: {method} is not supported: it gives the model more to attend to and changes no weight, so that "
+            "no variant plugin can express it"
+        )
     installed = ", ".join(sorted(variants)) or "none"
     raise AdapterError(
-        f"{folder}: no installed variant handles {method}: it needs a variant plugin; installed: {installed}"
+        f"{folder}: no installed variant handles {method}: it needs a variant plugin, or, where PEFT can merge it "
+        f"(merge_and_unload()), the merged model; installed: {installed}"
     )
 
 

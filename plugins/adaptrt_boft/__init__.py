@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from adaptrt.adapters.dense import Floats
 from adaptrt.adapters.normal import Lowered
-from adaptrt.adapters.options import Rule, any_value, boolean, positive_int
+from adaptrt.adapters.options import Rule, any_value, flag, positive_int
 from adaptrt.adapters.problems import Problems
 from adaptrt.adapters.variant import BaseWeight, Module, Params, Roles, Variant
 from adaptrt.errors import AdapterError
@@ -37,7 +37,7 @@ class BoftVariant(Variant):
         "boft_block_size": _count,
         "boft_block_num": _count,
         "boft_n_butterfly_factor": positive_int,
-        "fan_in_fan_out": boolean,  # says how the base stores W
+        "fan_in_fan_out": flag,  # says how the base stores W
         **dict.fromkeys(("boft_dropout", "init_weights"), any_value),  # of training, of the start
     }
     params: ClassVar[Mapping[str, type]] = {"block": int, "factors": int}

@@ -18,8 +18,8 @@ from adaptrt.adapters.normal import Lowered, LowRank
 from adaptrt.adapters.options import (
     Rule,
     any_value,
-    boolean,
     finite,
+    flag,
     match_ending,
     plain_patterns,
     positive_int,
@@ -51,7 +51,7 @@ class FourierFtVariant(Variant):
         "n_frequency_pattern": plain_patterns(positive_int),
         "scaling": finite,
         "random_loc_seed": _seed,
-        "fan_in_fan_out": boolean,  # says how the base stores W
+        "fan_in_fan_out": flag,  # says how the base stores W
         "init_weights": any_value,  # of the start
     }
     params: ClassVar[Mapping[str, type]] = {"frequencies": int, "scale": float, "seed": float}

@@ -13,7 +13,7 @@ import numpy as np
 
 from adaptrt.adapters.dense import Floats, dense_term
 from adaptrt.adapters.normal import Lowered
-from adaptrt.adapters.options import Rule, any_value, boolean, finite, positive_int
+from adaptrt.adapters.options import Rule, any_value, boolean, finite, flag, positive_int
 from adaptrt.adapters.problems import Problems, brief
 from adaptrt.adapters.variant import BaseWeight, Module, Params, Roles, Variant
 from adaptrt.errors import AdapterError
@@ -43,7 +43,7 @@ class OftVariant(Variant):
         **dict.fromkeys(("block_share", "coft", "use_cayley_neumann"), boolean),
         "eps": finite,
         "num_cayley_neumann_terms": positive_int,
-        "fan_in_fan_out": boolean,  # says how the base stores W
+        "fan_in_fan_out": flag,  # says how the base stores W
         **dict.fromkeys(("module_dropout", "init_weights"), any_value),  # of training, of the start
     }
     params: ClassVar[Mapping[str, type]] = {

@@ -16,7 +16,7 @@ import numpy as np
 
 from adaptrt.adapters.dense import transposed
 from adaptrt.adapters.normal import Lowered, LowRank
-from adaptrt.adapters.options import Rule, any_value, boolean, finite, positive_int
+from adaptrt.adapters.options import Rule, any_value, finite, flag, positive_int
 from adaptrt.adapters.problems import Problems
 from adaptrt.adapters.variant import BaseWeight, Module, Params, Roles, Variant
 from adaptrt.errors import AdapterError
@@ -41,7 +41,7 @@ class RandLoraVariant(Variant):
         "r": positive_int,
         "randlora_alpha": finite,
         "save_projection": _saved,
-        "fan_in_fan_out": boolean,  # says how the base stores W
+        "fan_in_fan_out": flag,  # says how the base stores W
         # how the stored bases were made, of training, of the start
         **dict.fromkeys(
             ("projection_prng_key", "sparse", "very_sparse", "randlora_dropout", "init_weights"), any_value

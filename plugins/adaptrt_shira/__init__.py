@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from adaptrt.adapters.normal import Lowered, Sparse
-from adaptrt.adapters.options import Rule, any_value, boolean, positive_int
+from adaptrt.adapters.options import Rule, any_value, flag, positive_int
 from adaptrt.adapters.problems import Problems
 from adaptrt.adapters.variant import BaseWeight, Module, Params, Roles, Variant
 from adaptrt.errors import AdapterError
@@ -23,7 +23,7 @@ class ShiraVariant(Variant):
     name = "shira"
     options: ClassVar[Mapping[str, Rule]] = {
         "r": positive_int,  # entries / (in + out), as the tensors show
-        "fan_in_fan_out": boolean,  # says how the base stores W
+        "fan_in_fan_out": flag,  # says how the base stores W
         # how the mask was made, of the start
         **dict.fromkeys(("mask_type", "random_seed", "init_weights"), any_value),
     }

@@ -14,7 +14,7 @@ import numpy as np
 
 from adaptrt.adapters.dense import Floats
 from adaptrt.adapters.normal import Lowered, LowRank
-from adaptrt.adapters.options import Rule, any_value, boolean, positive_int
+from adaptrt.adapters.options import Rule, any_value, boolean, flag, positive_int
 from adaptrt.adapters.problems import Problems
 from adaptrt.adapters.variant import BaseWeight, Module, Params, Roles, Variant
 from adaptrt.errors import AdapterError
@@ -33,7 +33,7 @@ class VbLoraVariant(Variant):
     options: ClassVar[Mapping[str, Rule]] = {
         **dict.fromkeys(PEFT_DEFAULTS, positive_int),
         "save_only_topk_weights": boolean,
-        "fan_in_fan_out": boolean,  # says how the base stores W; A and B are the same
+        "fan_in_fan_out": flag,  # says how the base stores W; A and B are the same
         # of training, of the start
         **dict.fromkeys(("vblora_dropout", "init_vector_bank_bound", "init_logits_std"), any_value),
     }
