@@ -119,6 +119,10 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
         "these patterns could take too long to match",
     ),
     "lora_bias text": ({"lora_bias": "no"}, "option lora_bias = 'no': expected true or false"),
+    "module not named": (
+        {"target_modules": ["k_proj", "embed_tokens"]},
+        "model.layers.0.self_attn.q_proj has tensors, but option target_modules does not name it (and 1 more like it)",
+    ),
     "rank differs": ({"r": 8}, "lora_A.weight is [4, 64], expected [8, 64] (rank, in)"),
     "rank of one differs": (
         {"rank_pattern": {"1.self_attn.q_proj": 2}},

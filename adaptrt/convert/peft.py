@@ -17,6 +17,7 @@ from adaptrt.adapters.base import BaseView, open_base
 from adaptrt.adapters.check import PEFT_PREFIX, check_adapter
 from adaptrt.adapters.derive import with_derived
 from adaptrt.adapters.lora import other_methods
+from adaptrt.adapters.options import names
 from adaptrt.adapters.problems import Problems, brief
 from adaptrt.adapters.stack import check_lowers, lower
 from adaptrt.adapters.storage import check_name, write_adapter
@@ -223,6 +224,20 @@ def _weights(folder: Path) -> Path:
     raise AdapterError(f"{folder}: {WEIGHTS} is missing")
 
 
+def _check_named(config: Mapping[str, Any], modules: Mapping[str, Module], problems: Problems) -> None:
+    """A list of `target_modules` names, as PEFT reads it, every module that has tensors: PEFT leaves others out.
+
+    A tied embedding or head is adapted without being named.
+    """
+    listed = config.get("target_modules")
+    if not listed or names(listed) is not None:  # a pattern, "all-linear", or nothing
+        return
+    endings = tuple(f".{name}" for name in listed)
+    for path, module in modules.items():
+        if module.base.kind in ("linear", "norm") and not f".{path}".endswith(endings):
+            problems.add(f"{path} has tensors, but option target_modules does not name it")
+
+
 def _take_targets(config: Mapping[str, Any], variant: Variant, content: Content, problems: Problems) -> None:
     """Let the variant resolve each module and refuse what is missing or left over."""
     shared = Lazy(content, content.shared)
@@ -230,6 +245,7 @@ def _take_targets(config: Mapping[str, Any], variant: Variant, content: Content,
     modules = {
         path: Module(path, part.base, Lazy(content, part.keys), shared) for path, part in parts.items()
     }
+    _check_named(config, modules, problems)
     for name, tensor in variant.complete(config, list(modules.values()), problems).items():
         content.add(name, tensor)
         content.notes.append(f"{name} is not in the folder; variant {variant.name} computed it")
