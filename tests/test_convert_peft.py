@@ -310,6 +310,10 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
         ": not a PEFT adapter folder, adapter_config.json is missing",
     ),
     "no folder": (lambda path: path.rename(path.with_name("gone")), "adapter_config.json is missing"),
+    "a folder of adapters": (
+        lambda path: ((path / "mine").mkdir(), (path / CONFIG).rename(path / "mine" / CONFIG)),
+        "adapter_config.json is missing; there is one in mine",
+    ),
     "bad JSON": (lambda path: (path / CONFIG).write_text("{"), "adapter_config.json: not valid JSON"),
     "JSON list": (lambda path: (path / CONFIG).write_text("[]"), "found a JSON list, expected an object"),
     "duplicate key": (lambda path: (path / CONFIG).write_text('{"r": 1, "r": 2}'), "key 'r' appears twice"),

@@ -44,7 +44,13 @@ def check_carried(
     carried = CARRIED[role]
     expected = carried.shape(params, base)
     if list(tensor.shape) != expected:
-        problems.add(f"{label} is {list(tensor.shape)}, expected {expected}")
+        resized = role == WEIGHT and base.kind in ("embedding", "head") and len(tensor.shape) == 2
+        hint = (
+            ": another vocabulary; resize the base's as training did, and convert that base"
+            if resized
+            else ""
+        )
+        problems.add(f"{label} is {list(tensor.shape)}, expected {expected}{hint}")
     elif problem := carried.problem(tensor, params, base):
         problems.add(f"{label} {problem}")
 

@@ -171,7 +171,9 @@ def _read_config(folder: Path) -> tuple[str, dict[str, Any]]:
     """The text of adapter_config.json and its content."""
     path = folder / CONFIG
     if not path.is_file():
-        raise AdapterError(f"{folder}: not a PEFT adapter folder, {CONFIG} is missing")
+        inside = sorted(found.parent.name for found in folder.glob(f"*/{CONFIG}"))
+        hint = f"; there is one in {', '.join(inside[:5])}" if inside else ""
+        raise AdapterError(f"{folder}: not a PEFT adapter folder, {CONFIG} is missing{hint}")
     file, size = open_regular(path)
     with file:
         if size > CONFIG_LIMIT:
