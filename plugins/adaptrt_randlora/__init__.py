@@ -3,7 +3,7 @@
 A and the B_j are random, fixed and shared by all modules; Λ_j [r] and Γ_j are trained and scale A along both of its
 sides. A has the smaller of the two sizes of the weight; where that is `out`, all is transposed. The n bases together
 have full rank. Still the change is kept as the low-rank product that it is, of all B_j side by side, which are one
-tensor for all modules, and of the scaled A: multiplied out it would be larger, and 5 TFLOP for a 1B model.
+tensor for all modules, and of the scaled A: multiplied out it would be larger, and 4 TFLOP away for a 1B model.
 """
 
 from __future__ import annotations
