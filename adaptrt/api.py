@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from adaptrt.adapters.algebra import Combination, Recipe, SignMethod, combine
 from adaptrt.adapters.base import BaseView, open_base
-from adaptrt.adapters.stack import lower
 from adaptrt.adapters.storage import PREFIX, check_base, check_name, list_adapters, only_adapter, read_adapter
 from adaptrt.adapters.variant import Adapter, Progress, Variant, no_progress
 from adaptrt.backends.base import LoadOptions, Precision
@@ -128,7 +127,7 @@ class Model:
         end_ids = frozenset(file.metadata.get("tokenizer.eos_token_ids", ()))
         self._executable = executable
         self._engine = Engine(executable, self.vocab_size, self.context_length, options.page_tokens, end_ids)
-        self._adapters = AdapterSet(executable, self._lower)
+        self._adapters = AdapterSet(executable, registry.variants, base)
         self._active: Stack = ()
         self._cleanup = ExitStack()
         self._cleanup.callback(file.close)
@@ -228,9 +227,6 @@ class Model:
         combined = combine([loaded[name] for name in adapters], weights, adapter_name, recipe)
         self._adapters.add(adapter_name, combined)
         return adapter_name
-
-    def _lower(self, adapter: Adapter, scale: float, progress: Progress) -> Mapping[str, Any]:
-        return lower(adapter, self._registry.variants, self._base, scale, progress)
 
     def _resolve(self, adapters: AdapterSpec) -> Stack:
         """A stack of loaded adapters; one that is stored in the model's file is loaded when first named."""

@@ -254,3 +254,19 @@ def test_what_does_not_fit_is_refused_by_name(case: str, bases: dict[str, Any], 
         pytest.raises(AdaptrtError, match=re.escape(expected)),
     ):
         model.load_adapter(edited(adapter, tmp_path / "b", config))
+
+
+def test_a_resized_vocabulary_is_refused_saying_what_to_do(bases: dict[str, Any], tmp_path: Path) -> None:
+    folder, adrt, _ = bases["gqa"]
+    adapter = perturbed_peft(tmp_path / "a", folder, target_modules=["q_proj"], modules_to_save=["lm_head"])
+
+    def longer(tensors: Tensors) -> Tensors:
+        return {n: torch.cat([t, t[:5]]) if "lm_head" in n else t for n, t in tensors.items()}
+
+    with (
+        adaptrt.load(adrt, "reference") as model,
+        pytest.raises(
+            AdaptrtError, match=r"lm_head.weight is \[136, 256\].*resize the base's as training did"
+        ),
+    ):
+        model.load_adapter(edited(adapter, tmp_path / "b", tensors=longer))

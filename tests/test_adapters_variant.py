@@ -63,10 +63,9 @@ class GainVariant(Variant):
             problems.add("seed 13 is unlucky")
         return {"mode": "out"}, {"gain": "gain_vector", "u": "gain_u", "P": "base_model.gain_P"}
 
-    def lower(self, params: Any, tensors: Mapping[str, Tensor], base: Any, scale: float) -> Lowered:
+    def lower(self, params: Any, tensors: Mapping[str, Tensor], base: Any) -> Lowered:
         gain = tensors["gain"].data.view(np.float32)
-        terms = (LowRank(tensors["u"], tensors["P"], scale),)
-        return self.spoil(Lowered(terms, g_out=1 + np.float32(scale) * (gain - 1)))
+        return self.spoil(Lowered((LowRank(tensors["u"], tensors["P"]),), g_out=gain))
 
     def spoil(self, lowered: Lowered) -> Lowered:
         return lowered

@@ -157,6 +157,11 @@ def test_what_makes_no_sense_is_refused(world: World, tmp_path: Path) -> None:
                 AdaptrtError, match=r"alora_invocation_tokens = .*expected a list of token ids"
             ):
                 import_peft(bad, variants, view)
+    beyond = edited(
+        world.folder, tmp_path / "beyond", {"alora_invocation_tokens": [5, view.program.vocab_size]}
+    )
+    with pytest.raises(AdaptrtError, match=r"invocation_tokens is '5 \d+', expected token ids from 0 to \d+"):
+        import_peft(beyond, variants, view)
     adapter = import_peft(world.folder, variants, view)
     first, *rest = adapter.targets
     for text, expected in (("40 41", "act from different positions"), ("40  41", "expected token ids")):

@@ -14,9 +14,11 @@ import pytest
 from helpers.oracle import llama_folder, peft_folder
 
 import adaptrt
+from adaptrt.adapters.normal import LoweredAdapter
 from adaptrt.backends.base import LoadOptions
 from adaptrt.backends.reference import ReferenceBackend
 from adaptrt.convert.base import ConvertOptions
+from adaptrt.engine.adapters import IDLE_SCALES
 from adaptrt.errors import (
     AdapterError,
     BackendError,
@@ -277,6 +279,55 @@ def test_adapters_are_announced_when_a_request_names_them_and_while_it_waits(
         for _ in chunks:
             pass
         assert chips.prefetched[5:] == [(1,)]
+
+
+class Rack(ReferenceBackend):
+    """A backend that shows what is attached, by handle."""
+
+    def load(self, program: Program, tensors: Mapping[str, Tensor], options: LoadOptions) -> Any:
+        executable: Any = super().load(program, tensors, options)
+        self.attached: dict[int, LoweredAdapter] = {}
+        attach, detach = executable.attach, executable.detach
+
+        def noted(adapter: LoweredAdapter) -> int:
+            handle: int = attach(adapter)
+            self.attached[handle] = adapter
+            return handle
+
+        def forgotten(handle: int) -> None:
+            detach(handle)
+            del self.attached[handle]
+
+        executable.attach, executable.detach = noted, forgotten
+        return executable
+
+
+def test_a_sweep_of_scales_leaves_few_attached_and_takes_the_tensors_once(files: dict[str, Path]) -> None:
+    rack, scales = Rack(), [k / 16 for k in range(1, 17)]
+    registry = replace(load_registry(), backends={"rack": rack})
+    with adaptrt.load(files["base"], "rack", registry=registry) as model:
+        model.load_adapter(files["a"])
+        swept = [model.logits(PROMPT, {"a": scale}) for scale in scales]
+        assert len(rack.attached) == IDLE_SCALES + 1
+        assert len({id(one["blk.0.attn_q"].terms[0]) for one in rack.attached.values()}) == IDLE_SCALES + 1
+        assert len({id(one["blk.0.attn_q"].terms[0].v) for one in rack.attached.values()}) == 1
+        again = [model.logits(PROMPT, {"a": scale}) for scale in scales]
+        np.testing.assert_array_equal(again, swept)
+        model.unload_adapter("a")
+        assert rack.attached == {}
+
+
+def test_a_scale_in_use_stays_attached_while_others_come_and_go(model: adaptrt.Model) -> None:
+    alone = greedy(model, PROMPT, max_tokens=6, adapters=[("a", 0.5), ("a", 0.25)])
+    stream = model.generate(PROMPT, 6, [("a", 0.5), ("a", 0.25)], stream=True, temperature=0)
+    tokens = list(next(stream).token_ids)
+    for k in range(1, 3 * IDLE_SCALES):
+        model.logits(PROMPT, {"a": 1 + k / 8})
+    with pytest.raises(AdapterError, match="in use"):
+        model.unload_adapter("a")
+    tokens += [token for chunk in stream for token in chunk.token_ids]
+    assert tokens == alone
+    model.unload_adapter("a")
 
 
 def test_f16_cache_is_close_to_f32(files: dict[str, Path]) -> None:

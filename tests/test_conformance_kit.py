@@ -108,8 +108,8 @@ class Lora(VariantConformance):
 
 
 class ScaleSquared(LoraVariant):
-    def lower(self, params: Any, tensors: Any, base: Any, scale: float) -> Lowered:
-        return super().lower(params, tensors, base, scale * scale)
+    def at_scale(self, lowered: Lowered, params: Any, tensors: Any, base: Any, scale: float) -> Lowered:
+        return lowered.scaled(scale * scale)
 
 
 class AnyOption(LoraVariant):

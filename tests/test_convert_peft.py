@@ -71,7 +71,7 @@ def refusal(folder: Path, view: BaseView, variants: Any = VARIANTS) -> str:
 OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "qalora": (
         {"use_qalora": True},
-        "handles peft_type 'LORA' with use_qalora: it needs a variant plugin; installed: ",
+        "handles peft_type 'LORA' with use_qalora: it needs a variant plugin, or, where PEFT can merge it",
     ),
     "qalora and rslora": (
         {"use_qalora": True, "use_rslora": True},
@@ -88,6 +88,10 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "another method": (
         {"peft_type": "XLORA"},
         "no installed variant handles peft_type 'XLORA': it needs a variant plugin",
+    ),
+    "no change": (
+        {"peft_type": "PREFIX_TUNING"},
+        "'PREFIX_TUNING' is not supported: it gives the model more",
     ),
     "no type": ({"peft_type": None}, "no installed variant handles peft_type None"),
     "odd type": ({"peft_type": ["LORA"]}, "no installed variant handles peft_type ['LORA']"),
@@ -115,6 +119,10 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
         "these patterns could take too long to match",
     ),
     "lora_bias text": ({"lora_bias": "no"}, "option lora_bias = 'no': expected true or false"),
+    "module not named": (
+        {"target_modules": ["k_proj", "embed_tokens"]},
+        "model.layers.0.self_attn.q_proj has tensors, but option target_modules does not name it (and 1 more like it)",
+    ),
     "rank differs": ({"r": 8}, "lora_A.weight is [4, 64], expected [8, 64] (rank, in)"),
     "rank of one differs": (
         {"rank_pattern": {"1.self_attn.q_proj": 2}},
@@ -302,6 +310,10 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
         ": not a PEFT adapter folder, adapter_config.json is missing",
     ),
     "no folder": (lambda path: path.rename(path.with_name("gone")), "adapter_config.json is missing"),
+    "a folder of adapters": (
+        lambda path: ((path / "mine").mkdir(), (path / CONFIG).rename(path / "mine" / CONFIG)),
+        "adapter_config.json is missing; there is one in mine",
+    ),
     "bad JSON": (lambda path: (path / CONFIG).write_text("{"), "adapter_config.json: not valid JSON"),
     "JSON list": (lambda path: (path / CONFIG).write_text("[]"), "found a JSON list, expected an object"),
     "duplicate key": (lambda path: (path / CONFIG).write_text('{"r": 1, "r": 2}'), "key 'r' appears twice"),
@@ -417,7 +429,16 @@ def test_an_adapter_file_is_no_base(world: World, tmp_path: Path) -> None:
 
 
 def test_options_at_rest_and_of_training_are_accepted(world: World, tmp_path: Path) -> None:
-    config = {"lora_dropout": 0.1, "future": None, "other": [], "use_qalora": False, "revision": "main"}
+    config = {
+        "lora_dropout": 0.1,
+        "future": None,
+        "other": [],
+        "use_qalora": False,
+        "revision": "main",
+        **dict.fromkeys(
+            ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"), None
+        ),  # as axolotl saves some
+    }
     folder = edited(world.folder, tmp_path / "a", config)
     edit_tensors(folder, lambda tensors: tensors)
     assert json.loads(import_peft(folder, VARIANTS, world.view).config_text)["lora_dropout"] == 0.1

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 import adaptrt
 from adaptrt.adapters import variant as variant_module
 from adaptrt.adapters.base import BaseTarget, BaseView
+from adaptrt.adapters.normal import LowRank
 from adaptrt.adapters.stack import lower
 from adaptrt.adapters.storage import read_adapter, write_adapter
 from adaptrt.adapters.stored import without_derived
@@ -143,6 +144,26 @@ def test_dora_goes_over_the_base_once_at_import_whatever_the_scale(
             m = to_float32(one.tensors[found.tensors["magnitude"]])
             gain = lower(one, VARIANTS, world.view, scale)[target].g_out
             np.testing.assert_allclose(gain / m, expected, rtol=1e-6)
+    monkeypatch.delattr(BaseTarget, "rows")
+    monkeypatch.delattr(BaseTarget, "weight")
+    assert lower(adapter, VARIANTS, world.view, 0.7)
+    with pytest.raises(AttributeError):
+        lower(plain, VARIANTS, world.view, 0.7)
+
+
+def test_hra_goes_over_the_base_once_at_import(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter, name = import_peft(world.folder("HRA"), VARIANTS, world.view), "blk.0.attn_q"
+    plain = without_derived(adapter, VARIANTS["hra"])
+    (found,) = [target for target in adapter.targets if target.target == name]
+    chain = np.eye(64)
+    for u in to_float32(adapter.tensors[found.tensors["u"]]).astype(np.float64).T:
+        chain = chain @ (np.eye(64) - 2 * np.outer(u, u) / (u @ u))
+    expected = world.view.targets[name].weight().astype(np.float64) @ (chain - np.eye(64))
+    for one in (adapter, plain):
+        (term,) = lower(one, VARIANTS, world.view, 0.5)[name].terms
+        assert isinstance(term, LowRank) and term.u is not None
+        change = term.scale * to_float32(term.u) @ to_float32(term.v)
+        np.testing.assert_allclose(change, 0.5 * expected, atol=1e-5)
     monkeypatch.delattr(BaseTarget, "rows")
     monkeypatch.delattr(BaseTarget, "weight")
     assert lower(adapter, VARIANTS, world.view, 0.7)

@@ -22,16 +22,18 @@ from helpers.variant_oracle import VariantOracle
 import adaptrt
 from adaptrt.adapters import dense
 from adaptrt.adapters.base import BaseView
+from adaptrt.adapters.fit import AttachPoint
 from adaptrt.adapters.normal import Lowered, LowRank, Sparse
 from adaptrt.adapters.stack import lower
 from adaptrt.adapters.storage import read_adapter
 from adaptrt.adapters.variant import Adapter, Target, Variant
+from adaptrt.backends.multiplied import multiplied_out
 from adaptrt.convert.base import ConvertOptions
 from adaptrt.convert.peft import PeftImporter, import_peft
 from adaptrt.errors import AdaptrtError
 from adaptrt.format import open_file
 from adaptrt.plugins import load_registry
-from adaptrt.quant.plain import to_float32
+from adaptrt.quant.plain import from_float32, to_float32
 from adaptrt.tensor import Tensor
 
 OURS = ("loha", "lokr", "miss", "vblora", "shira", "oft", "boft", "fourierft", "c3a", "randlora")
@@ -373,11 +375,28 @@ DENSE: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {
     "miss": ({"rank": 64}, {"bat": (OUT // 64, 64, 64)}),
     "fourierft": ({"scale": 1.0, "seed": 7.0}, {"spectrum": (2000,)}),
     "c3a": ({"block": 64}, {"kernel": (OUT // 64, IN // 64, 64)}),
-    "randlora": (
-        {"rank": 32, "scale": 1.0},
-        {"A": (32, 1, IN), "B": (OUT, IN // 32, 32), "lambda": (32, IN // 32), "gamma": (IN // 32, IN)},
-    ),
 }
+
+
+def test_what_has_more_ranks_than_kernels_are_made_for_is_multiplied_out_once_for_all_scales() -> None:
+    rng = np.random.default_rng(0)
+    u, v = rng.standard_normal((50, 40)).astype(np.float32), rng.standard_normal((40, 70)).astype(np.float32)
+    wide = Lowered(terms=(LowRank(from_float32(u, "bf16"), Tensor.from_numpy(v), 0.5),))
+    points = {name: AttachPoint("linear", out, 64) for name, out in (("smaller", 48), ("larger", 200))}
+    made = [
+        multiplied_out({"smaller": one, "larger": one}, points, widest_rank=32)
+        for one in (wide, wide.scaled(3.0))
+    ]
+    for scale, found in zip((0.5, 1.5), made, strict=True):
+        (term,) = found["smaller"].terms
+        assert isinstance(term, LowRank) and term.u is None and term.scale == scale
+        expected = to_float32(from_float32(u, "bf16"))[:48] @ v[:, :64]
+        np.testing.assert_allclose(to_float32(term.v), expected, rtol=1e-5, atol=1e-5)
+        assert (
+            found["larger"].terms[0].u is wide.terms[0].u
+        )  # 200 outputs have no room in 50 rows: refused later
+    assert made[0]["smaller"].terms[0].v is made[1]["smaller"].terms[0].v
+    assert multiplied_out({"smaller": wide}, points, widest_rank=40)["smaller"].terms == wide.terms
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -388,7 +407,7 @@ def test_a_dense_change_takes_no_more_memory_than_itself_and_another(
     params, shapes = DENSE[name]
     tensors = {role: Tensor.from_numpy(np.full(shape, 0.1, np.float32)) for role, shape in shapes.items()}
     tracemalloc.start()
-    lowered = world.variants[name].lower(params, tensors, Wide(), 1.0)
+    lowered = world.variants[name].lower(params, tensors, Wide())
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     (term,) = lowered.terms

@@ -34,7 +34,7 @@ class Carried:
     alone: bool  # it goes with no role of a variant on the same target
     shape: Callable[[Params, BaseWeight], list[int]]
     problem: Callable[[Tensor, Params, BaseWeight], str | None]  # called when the shape fits
-    add: Callable[[Lowered, Tensor, Params, BaseWeight, float], Lowered]
+    add: Callable[[Lowered, Tensor, Params, BaseWeight], Lowered]
 
 
 def check_carried(
@@ -44,7 +44,13 @@ def check_carried(
     carried = CARRIED[role]
     expected = carried.shape(params, base)
     if list(tensor.shape) != expected:
-        problems.add(f"{label} is {list(tensor.shape)}, expected {expected}")
+        resized = role == WEIGHT and base.kind in ("embedding", "head") and len(tensor.shape) == 2
+        hint = (
+            ": another vocabulary; resize the base's as training did, and convert that base"
+            if resized
+            else ""
+        )
+        problems.add(f"{label} is {list(tensor.shape)}, expected {expected}{hint}")
     elif problem := carried.problem(tensor, params, base):
         problems.add(f"{label} {problem}")
 
@@ -60,9 +66,9 @@ def _bias_problem(tensor: Tensor, params: Params, base: BaseWeight) -> str | Non
     return "replaces a bias that the base does not have" if base.bias() is None else None
 
 
-def _add_bias(lowered: Lowered, tensor: Tensor, params: Params, base: BaseWeight, scale: float) -> Lowered:
+def _add_bias(lowered: Lowered, tensor: Tensor, params: Params, base: BaseWeight) -> Lowered:
     old = base.bias()
-    change = np.float32(scale) * (to_float32(tensor) - (0 if old is None else old))
+    change = to_float32(tensor) - (0 if old is None else old)
     return replace(lowered, c=change if lowered.c is None else lowered.c + change)
 
 
@@ -80,15 +86,15 @@ def _weight_problem(tensor: Tensor, params: Params, base: BaseWeight) -> str | N
     return f"is not 0 at {lost[0]}, where the base's norm is: no gain leads there" if lost.size else None
 
 
-def _add_weight(lowered: Lowered, tensor: Tensor, params: Params, base: BaseWeight, scale: float) -> Lowered:
+def _add_weight(lowered: Lowered, tensor: Tensor, params: Params, base: BaseWeight) -> Lowered:
     if base.kind == "norm":
         old, new = base.weight(), to_float32(tensor)
         ratio = np.divide(new, old, out=np.ones_like(old), where=old != 0)
-        return replace(lowered, g_out=1 + np.float32(scale) * (ratio - 1))
+        return replace(lowered, g_out=ratio)
     if base.kind == "embedding":
-        return replace(lowered, terms=(LowRank(None, _table_change(tensor, base), scale),))
+        return replace(lowered, terms=(LowRank(None, _table_change(tensor, base)),))
     # the new weight, and the base's own taken away: both as they are stored, so that neither is widened nor copied
-    return replace(lowered, terms=(LowRank(None, tensor, scale), LowRank(None, base.stored(), -scale)))
+    return replace(lowered, terms=(LowRank(None, tensor), LowRank(None, base.stored(), -1.0)))
 
 
 def _table_change(tensor: Tensor, base: BaseWeight) -> Tensor:
@@ -119,7 +125,7 @@ def _rows_problem(tensor: Tensor, params: Params, base: BaseWeight) -> str | Non
     return None
 
 
-def _add_rows(lowered: Lowered, tensor: Tensor, params: Params, base: BaseWeight, scale: float) -> Lowered:
+def _add_rows(lowered: Lowered, tensor: Tensor, params: Params, base: BaseWeight) -> Lowered:
     ids = read_whole_numbers(params[ROW_IDS]) or []
     order = np.argsort(ids)
     ids = [ids[k] for k in order]
@@ -130,7 +136,6 @@ def _add_rows(lowered: Lowered, tensor: Tensor, params: Params, base: BaseWeight
         row_start=np.cumsum(counts).astype(np.int32),
         columns=np.tile(np.arange(base.shape[1], dtype=np.int32), len(ids)),
         values=(to_float32(tensor)[order] - old).reshape(-1),
-        scale=scale,
     )
     return replace(lowered, terms=(change,))
 

@@ -41,7 +41,8 @@ def check_adapter(
     """Every target exists in the base (`base` by target name), and its params and tensors fit the variant."""
     if not adapter.targets:
         problems.add("it adapts nothing")
-    check_invocation(adapter, problems)
+    vocabulary = next((target.shape[0] for target in base.values() if target.kind == "embedding"), None)
+    check_invocation(adapter, vocabulary, problems)
     for target in adapter.targets:
         if target.target not in base:
             problems.add(f"target {brief(target.target)}: the base has no such tensor to adapt")

@@ -14,7 +14,7 @@ Floats = NDArray[np.float32]
 PART_ELEMENTS = 1 << 19  # of a matrix at a time: 2 MiB as float32
 
 
-def dense_term(change: Floats, scale: float) -> LowRank:
+def dense_term(change: Floats, scale: float = 1.0) -> LowRank:
     """The term of a dense change of the weight, [out, in]: 4 bytes and one multiplication an entry, for every token."""
     return LowRank(u=None, v=Tensor.from_numpy(change), scale=scale)
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from adaptrt.adapters.stored import declared_form, without_derived
 from adaptrt.adapters.variant import Adapter, BaseWeight, Progress, Target, Variant, no_progress
+from adaptrt.errors import AdapterError
 from adaptrt.tensor import Tensor
 
 DERIVED = "derived."  # before the names of such tensors: `derived.TARGET.ROLE`
@@ -23,7 +24,10 @@ def with_derived(
     adapter = without_derived(adapter, variant)
     targets, tensors = [], dict(adapter.tensors)
     for done, target in enumerate(adapter.targets, start=1):
-        derived = _derive(target, tensors, variant, base[target.target])
+        try:
+            derived = _derive(target, tensors, variant, base[target.target])
+        except AdapterError as error:
+            raise AdapterError(f"adapter {adapter.name!r}: {target.target}: {error}") from error
         names = {role: f"{DERIVED}{target.target}.{role}" for role in derived}
         tensors |= {names[role]: tensor for role, tensor in derived.items()}
         targets.append(replace(target, tensors={**target.tensors, **names}))

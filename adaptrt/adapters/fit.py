@@ -31,16 +31,23 @@ class AttachPoint:
 
 def check_fit(lowered: Lowered, point: AttachPoint, problems: Problems) -> None:
     """The promise a variant makes to the backends: shapes, dtypes and finite numbers."""
-    embedding = point.kind == "embedding"
     others = (lowered.g_in, lowered.rotation, lowered.c)
     if point.kind == "norm" and (lowered.terms or any(part is not None for part in others)):
         problems.add("a norm takes g_out and nothing else")
     for k, term in enumerate(lowered.terms):
         _check_term(k, term, point, problems)
+    check_numbers(lowered, point, problems)
+
+
+def check_numbers(lowered: Lowered, point: AttachPoint, problems: Problems) -> None:
+    """The part of it that a scale changes: gains, constants, rotations and the factors of terms."""
+    for k, term in enumerate(lowered.terms):
+        if not abs(term.scale) <= LARGEST:
+            problems.add(f"scale{k} is {term.scale}, expected a finite float32")
     rotation = lowered.rotation
     if rotation is not None:
         fits = rotation.ndim == 3 and rotation.shape[1] == rotation.shape[2]
-        if embedding or not fits or rotation.shape[0] * rotation.shape[1] != point.inner:
+        if point.kind == "embedding" or not fits or rotation.shape[0] * rotation.shape[1] != point.inner:
             problems.add(f"rotation is {list(rotation.shape)}, expected [{point.inner}/b, b, b]")
     _check_vector("g_in", lowered.g_in, point.inner, problems)
     _check_vector("g_out", lowered.g_out, point.out, problems)
@@ -49,8 +56,6 @@ def check_fit(lowered: Lowered, point: AttachPoint, problems: Problems) -> None:
 
 
 def _check_term(k: int, term: Term, point: AttachPoint, problems: Problems) -> None:
-    if not abs(term.scale) <= LARGEST:
-        problems.add(f"scale{k} is {term.scale}, expected a finite float32")
     if isinstance(term, LowRank):
         _check_low_rank(k, term, point, problems)
     elif isinstance(term, Sparse):

@@ -20,14 +20,20 @@ def invocation_tokens(adapter: Adapter) -> list[int]:
     return read_whole_numbers(adapter.targets[0].params.get(INVOCATION)) or []
 
 
-def check_invocation(adapter: Adapter, problems: Problems) -> None:
-    """All targets act from the same position."""
+def check_invocation(adapter: Adapter, vocabulary: int | None, problems: Problems) -> None:
+    """All targets act from the same position, after tokens of the vocabulary; None when that is not known."""
     found = dict.fromkeys(target.params.get(INVOCATION) for target in adapter.targets)
     if len(found) > 1:
         problems.add(f"its targets act from different positions: {INVOCATION} {brief(list(found))}")
     for text in found:
-        if text is not None and read_whole_numbers(text) is None:
+        ids = read_whole_numbers(text)
+        if text is not None and ids is None:
             problems.add(f"param {INVOCATION} is {brief(text)}, expected token ids")
+        if ids and vocabulary is not None and max(ids) >= vocabulary:
+            problems.add(
+                f"param {INVOCATION} is {brief(text)}, expected token ids from 0 to {vocabulary - 1}: "
+                "the base has no others"
+            )
 
 
 def acts_from(invocation: Sequence[int], prompt_ids: Sequence[int]) -> int | None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from adaptrt.adapters.normal import Lowered, LowRank
-from adaptrt.adapters.options import Rule, any_value, boolean, finite, match_pattern, patterns, positive_int
+from adaptrt.adapters.options import Rule, any_value, finite, flag, match_pattern, patterns, positive_int
 from adaptrt.adapters.problems import Problems
 from adaptrt.adapters.variant import BaseWeight, Module, Params, Roles, Variant
 from adaptrt.quant.plain import to_float32
@@ -68,10 +68,10 @@ class LoraVariant(Variant):
         "lora_alpha": finite,
         "rank_pattern": patterns(positive_int),
         "alpha_pattern": patterns(finite),
-        "lora_bias": boolean,
+        "lora_bias": flag,
         "init_lora_weights": _initialisation,
-        **dict.fromkeys(("use_rslora", "use_dora", "use_qalora"), boolean),
-        "fan_in_fan_out": boolean,  # says how the base stores W; A and B are the same
+        **dict.fromkeys(("use_rslora", "use_dora", "use_qalora"), flag),
+        "fan_in_fan_out": flag,  # says how the base stores W; A and B are the same
         **dict.fromkeys(
             # of training, of an initialisation, or of a method that another option switches on
             ("lora_dropout", "velora_config", "monteclora_config", "runtime_config", "loftq_config",
@@ -112,9 +112,9 @@ class LoraVariant(Variant):
                 module.discard(suffix, "it acts in training only")
         return {"rank": rank, "scale": self.scaling(float(alpha), rank)}, roles
 
-    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight, scale: float) -> Lowered:
+    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight) -> Lowered:
         """U = B, V = A, and c = scale · bias (PEFT scales lora_bias with the product)."""
-        scale *= float(params["scale"])
+        scale = float(params["scale"])
         term = LowRank(u=tensors["B"], v=tensors["A"], scale=scale)
         c = to_float32(tensors["bias"]) * scale if "bias" in tensors else None
         return Lowered(terms=(term,), c=c)

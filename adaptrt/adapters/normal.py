@@ -10,7 +10,7 @@ g_out multiplies all of that, as PEFT does. The base's bias b and every c are ad
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,7 @@ class LowRank:
 
     u: Tensor | None
     v: Tensor
-    scale: float
+    scale: float = 1.0
     d: Vector | None = None
     e: Vector | None = None
 
@@ -59,7 +59,7 @@ class Sparse:
     row_start: Int32s  # [rows + 1]
     columns: Int32s  # [entries]
     values: Vector  # [entries]
-    scale: float
+    scale: float = 1.0
 
     @property
     def nbytes(self) -> int:
@@ -73,7 +73,7 @@ class Kronecker:
 
     w1: Tensor
     w2: Tensor
-    scale: float
+    scale: float = 1.0
 
     @property
     def nbytes(self) -> int:
@@ -99,6 +99,29 @@ class Lowered:
     g_out: Vector | None = None
     scales_bias: bool = False
     c: Vector | None = None
+
+    def scaled(self, scale: float) -> Lowered:
+        """`scale` times the change: of terms and constants the multiple, of gains and rotations so far on their way.
+
+        The terms' tensors stay the same objects, so that backends hold them once for all scales.
+        """
+        if scale == 1:
+            return self
+        factor = np.float32(scale)
+        return replace(
+            self,
+            terms=tuple(replace(term, scale=term.scale * scale) for term in self.terms),
+            g_in=None if self.g_in is None else 1 + factor * (self.g_in - 1),
+            rotation=None if self.rotation is None else _turned_so_far(self.rotation, factor),
+            g_out=None if self.g_out is None else 1 + factor * (self.g_out - 1),
+            c=None if self.c is None else factor * self.c,
+        )
+
+
+def _turned_so_far(rotation: NDArray[np.float32], factor: np.float32) -> NDArray[np.float32]:
+    """I + factor · (R - I)."""
+    eye = np.eye(rotation.shape[-1], dtype=np.float32)
+    return np.asarray(eye + factor * (rotation - eye), np.float32)
 
 
 LoweredAdapter = Mapping[str, Lowered]  # by target name, e.g. "blk.0.attn_q"

@@ -35,6 +35,11 @@ def boolean(value: object) -> str | None:
     return None if isinstance(value, bool) else "expected true or false"
 
 
+def flag(value: object) -> str | None:
+    """It is true, or at rest: some trainers write null for what nobody set."""
+    return None if value is None else boolean(value)
+
+
 def positive_int(value: object) -> str | None:
     """It is a whole number above 0."""
     return None if type(value) is int and value > 0 else "expected a whole number above 0"

@@ -174,9 +174,24 @@ class Variant(ABC):
         return {}
 
     @abstractmethod
-    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight, scale: float) -> Lowered:
-        """The normal form of one target at the user's `scale` (1 = as trained, never 0); `tensors` by role.
+    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight) -> Lowered:
+        """The normal form of one target, as trained; `tensors` by role.
 
-        Called once per adapter and scale, at load, with params and tensors already checked. Raises AdapterError
-        for what their types and shapes cannot show.
+        Called once per adapter, at load, with params and tensors already checked. Raises AdapterError for what their
+        types and shapes cannot show.
         """
+
+    def at_scale(
+        self,
+        lowered: Lowered,
+        params: Params,
+        tensors: Mapping[str, Tensor],
+        base: BaseWeight,
+        scale: float,
+    ) -> Lowered:
+        """What `lower` gave, at the user's `scale` (1 = as trained, never 0): called for 1 too, once per scale.
+
+        The scale multiplies the change. Override it for a method of which that is not so (DoRA), and keep the terms'
+        tensors, which backends then hold once for all scales.
+        """
+        return lowered.scaled(scale)

@@ -5,13 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from adaptrt.adapters.normal import LoweredAdapter
 from adaptrt.backends.base import LoadOptions
+from adaptrt.backends.multiplied import multiplied_out
 from adaptrt.backends.native import Calls, NativeExecutable, native_module, open_table
 from adaptrt.errors import BackendError
 from adaptrt.program import Program
 from adaptrt.tensor import Tensor
 
 LIBRARY = "_cuda.so"
+WIDEST_RANK = 512  # of low-rank terms; a warp goes over all ranks of its outputs
+
+
+class CudaExecutable(NativeExecutable):
+    """A program on a GPU."""
+
+    def attach(self, adapter: LoweredAdapter) -> int:
+        """See NativeExecutable.attach."""
+        return super().attach(multiplied_out(adapter, self._loaded.points, WIDEST_RANK))
 
 
 class CudaBackend:
@@ -29,7 +40,7 @@ class CudaBackend:
             return str(error).removeprefix(f"backend {self.name}: ")
         return None
 
-    def load(self, program: Program, tensors: Mapping[str, Tensor], options: LoadOptions) -> NativeExecutable:
+    def load(self, program: Program, tensors: Mapping[str, Tensor], options: LoadOptions) -> CudaExecutable:
         """Check a program and upload its tensors.
 
         Raises BackendError naming the first thing that does not fit, or the memory that the GPU lacks.
@@ -37,7 +48,7 @@ class CudaBackend:
         device = options.device or "0"
         if not (device.isascii() and device.isdigit() and len(device) < 4):
             raise BackendError(f"backend cuda: device {options.device!r}, expected the number of a GPU")
-        return NativeExecutable(self._calls(), program, tensors, options, threads=1, device=int(device))
+        return CudaExecutable(self._calls(), program, tensors, options, threads=1, device=int(device))
 
     def _calls(self) -> Calls:
         module = native_module(self.name)

@@ -17,6 +17,7 @@ from adaptrt.adapters.base import BaseView, open_base
 from adaptrt.adapters.check import PEFT_PREFIX, check_adapter
 from adaptrt.adapters.derive import with_derived
 from adaptrt.adapters.lora import other_methods
+from adaptrt.adapters.options import names
 from adaptrt.adapters.problems import Problems, brief
 from adaptrt.adapters.stack import check_lowers, lower
 from adaptrt.adapters.storage import check_name, write_adapter
@@ -40,6 +41,10 @@ CONFIG_LIMIT = 4 << 20  # bytes
 INITIAL_NOTE = (
     "its initialisation changed the base: converted to LoRA of twice the rank on the unchanged base"
 )
+
+NO_CHANGE = (  # PEFT's methods that are not changes of layers
+    "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE",
+)  # fmt: skip
 
 log = logging.getLogger("adaptrt.convert")
 
@@ -166,7 +171,9 @@ def _read_config(folder: Path) -> tuple[str, dict[str, Any]]:
     """The text of adapter_config.json and its content."""
     path = folder / CONFIG
     if not path.is_file():
-        raise AdapterError(f"{folder}: not a PEFT adapter folder, {CONFIG} is missing")
+        inside = sorted(found.parent.name for found in folder.glob(f"*/{CONFIG}"))
+        hint = f"; there is one in {', '.join(inside[:5])}" if inside else ""
+        raise AdapterError(f"{folder}: not a PEFT adapter folder, {CONFIG} is missing{hint}")
     file, size = open_regular(path)
     with file:
         if size > CONFIG_LIMIT:
@@ -186,9 +193,15 @@ def _find_variant(folder: Path, config: Mapping[str, Any], variants: Mapping[str
         method += f" with {', '.join(switches)}"
     if claimed:
         raise AdapterError(f"{folder}: {method} is claimed by variants {', '.join(v.name for v in claimed)}")
+    if config.get("peft_type") in NO_CHANGE:
+        raise AdapterError(
+            f"{folder}: {method} is not supported: it gives the model more to attend to and changes no weight, so that "
+            "no variant plugin can express it"
+        )
     installed = ", ".join(sorted(variants)) or "none"
     raise AdapterError(
-        f"{folder}: no installed variant handles {method}: it needs a variant plugin; installed: {installed}"
+        f"{folder}: no installed variant handles {method}: it needs a variant plugin, or, where PEFT can merge it "
+        f"(merge_and_unload()), the merged model; installed: {installed}"
     )
 
 
@@ -221,6 +234,20 @@ def _weights(folder: Path) -> Path:
     raise AdapterError(f"{folder}: {WEIGHTS} is missing")
 
 
+def _check_named(config: Mapping[str, Any], modules: Mapping[str, Module], problems: Problems) -> None:
+    """A list of `target_modules` names, as PEFT reads it, every module that has tensors: PEFT leaves others out.
+
+    A tied embedding or head is adapted without being named.
+    """
+    listed = config.get("target_modules")
+    if not listed or names(listed) is not None:  # a pattern, "all-linear", or nothing
+        return
+    endings = tuple(f".{name}" for name in listed)
+    for path, module in modules.items():
+        if module.base.kind in ("linear", "norm") and not f".{path}".endswith(endings):
+            problems.add(f"{path} has tensors, but option target_modules does not name it")
+
+
 def _take_targets(config: Mapping[str, Any], variant: Variant, content: Content, problems: Problems) -> None:
     """Let the variant resolve each module and refuse what is missing or left over."""
     shared = Lazy(content, content.shared)
@@ -228,6 +255,7 @@ def _take_targets(config: Mapping[str, Any], variant: Variant, content: Content,
     modules = {
         path: Module(path, part.base, Lazy(content, part.keys), shared) for path, part in parts.items()
     }
+    _check_named(config, modules, problems)
     for name, tensor in variant.complete(config, list(modules.values()), problems).items():
         content.add(name, tensor)
         content.notes.append(f"{name} is not in the folder; variant {variant.name} computed it")

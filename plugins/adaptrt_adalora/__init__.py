@@ -68,10 +68,10 @@ class AdaLoraVariant(Variant):
             return {}, {}
         return {"rank": rank, "scale": (alpha if alpha > 0 else rank) / (before + 1e-5)}, ROLES
 
-    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight, scale: float) -> Lowered:
+    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight) -> Lowered:
         """U = B, V = A, d = E."""
         values = to_float32(tensors["E"]).reshape(-1)
-        return Lowered(terms=(LowRank(tensors["B"], tensors["A"], scale * float(params["scale"]), d=values),))
+        return Lowered(terms=(LowRank(tensors["B"], tensors["A"], float(params["scale"]), d=values),))
 
 
 @hookimpl

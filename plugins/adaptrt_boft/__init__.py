@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from adaptrt.adapters.dense import Floats
 from adaptrt.adapters.normal import Lowered
-from adaptrt.adapters.options import Rule, any_value, boolean, positive_int
+from adaptrt.adapters.options import Rule, any_value, flag, positive_int
 from adaptrt.adapters.problems import Problems
 from adaptrt.adapters.variant import BaseWeight, Module, Params, Roles, Variant
 from adaptrt.errors import AdapterError
@@ -37,7 +37,7 @@ class BoftVariant(Variant):
         "boft_block_size": _count,
         "boft_block_num": _count,
         "boft_n_butterfly_factor": positive_int,
-        "fan_in_fan_out": boolean,  # says how the base stores W
+        "fan_in_fan_out": flag,  # says how the base stores W
         **dict.fromkeys(("boft_dropout", "init_weights"), any_value),  # of training, of the start
     }
     params: ClassVar[Mapping[str, type]] = {"block": int, "factors": int}
@@ -64,8 +64,8 @@ class BoftVariant(Variant):
         block = size or module.base.shape[1] // max(number, 1)
         return {"block": block, "factors": factors}, {"R": "boft_R", "s": "boft_s"}
 
-    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight, scale: float) -> Lowered:
-        """At a scale a the input is x + a (R x - x) and the gain 1 + a (s - 1).
+    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight) -> Lowered:
+        """The rotation and the gain s.
 
         Raises AdapterError for blocks that do not make the input, or not so many factors.
         """
@@ -80,10 +80,7 @@ class BoftVariant(Variant):
         skew = (r - r.swapaxes(-1, -2)) / 2
         eye = np.eye(block, dtype=np.float32)
         turns = np.linalg.solve(eye - skew, eye + skew)  # of columns; PEFT turns rows
-        rotation = _product(turns, span)
-        rotation += np.float32(scale - 1) * (rotation - np.eye(span, dtype=np.float32))
-        gain = 1 + np.float32(scale) * (to_float32(tensors["s"])[:, 0] - 1)
-        return Lowered(rotation=rotation, g_out=gain)
+        return Lowered(rotation=_product(turns, span), g_out=to_float32(tensors["s"])[:, 0])
 
 
 def _product(turns: Floats, span: int) -> Floats:

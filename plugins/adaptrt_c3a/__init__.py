@@ -47,7 +47,7 @@ class C3aVariant(Variant):
         block = match_ending(config.get("block_size_pattern"), module.path, usual)
         return {"block": block}, {"kernel": "c3a_kernel"}
 
-    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight, scale: float) -> Lowered:
+    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight) -> Lowered:
         """Entry [k, j] of a block is w[(j - k) mod b]. Raises AdapterError for blocks that do not make the weight."""
         kernel = to_float32(tensors["kernel"])
         rows, cols, block = kernel.shape
@@ -56,7 +56,7 @@ class C3aVariant(Variant):
         twice = np.concatenate([kernel[..., 1:], kernel], -1)
         turned = sliding_window_view(twice, block, -1)[:, :, ::-1]  # [rows, cols, k, j], a view
         change = np.ascontiguousarray(turned.transpose(0, 2, 1, 3)).reshape(base.shape)
-        return Lowered(terms=(dense_term(change, scale / base.shape[1]),))
+        return Lowered(terms=(dense_term(change, 1 / base.shape[1]),))
 
 
 @hookimpl

@@ -51,13 +51,13 @@ class DeloraVariant(Variant):
         names = {"A": "delora_A", "B": "delora_B", "lambda": "delora_lambda", "lengths": "delora_w_norm"}
         return {"rank": rank}, names
 
-    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight, scale: float) -> Lowered:
+    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight) -> Lowered:
         """U = B, V = A with its columns times w, and d as above."""
         a, b = to_float32(tensors["A"]), to_float32(tensors["B"])
         a_norm, b_norm = (np.maximum(norm, SMALLEST_NORM) for norm in (_norm(a, 1), _norm(b, 0)))
         d = to_float32(tensors["lambda"]) / np.float32(params["rank"]) / (a_norm * b_norm)
         v = Tensor.from_numpy(a * to_float32(tensors["lengths"]))
-        return Lowered(terms=(LowRank(tensors["B"], v, scale, d=d.astype(np.float32)),))
+        return Lowered(terms=(LowRank(tensors["B"], v, d=d.astype(np.float32)),))
 
 
 def _norm(x: np.ndarray[Any, np.dtype[np.float32]], axis: int) -> np.ndarray[Any, np.dtype[np.float32]]:

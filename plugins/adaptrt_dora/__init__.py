@@ -64,9 +64,15 @@ class DoraVariant(LoraVariant):
         squares, products = of_columns(base, a, b) if base.kind == "embedding" else of_rows(base, a, b)
         return {"squares": Tensor.from_numpy(squares), "products": Tensor.from_numpy(products)}
 
-    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight, scale: float) -> Lowered:
+    def at_scale(
+        self,
+        lowered: Lowered,
+        params: Params,
+        tensors: Mapping[str, Tensor],
+        base: BaseWeight,
+        scale: float,
+    ) -> Lowered:
         """LoRA with g_out = m / ‖W + s·B A‖. Raises AdapterError when a row of W + s·B A is zero."""
-        lowered = super().lower(params, tensors, base, scale)
         if not self.derived <= tensors.keys():
             tensors = {**tensors, **self.derive(params, tensors, base)}
         norm = changed_norm(base, tensors, scale * float(params["scale"]))
@@ -74,7 +80,7 @@ class DoraVariant(LoraVariant):
             raise AdapterError(
                 f"DoRA: row {int(np.argmin(norm))} of the changed weight is zero, it has no direction"
             )
-        return replace(lowered, g_out=to_float32(tensors["magnitude"]) / norm)
+        return replace(lowered.scaled(scale), g_out=to_float32(tensors["magnitude"]) / norm)
 
 
 def of_rows(base: BaseWeight, a: Floats, b: Floats) -> tuple[Floats, Floats]:

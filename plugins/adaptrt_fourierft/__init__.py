@@ -7,6 +7,7 @@ torch draws is made here from the same Mersenne Twister.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,8 +18,8 @@ from adaptrt.adapters.normal import Lowered, LowRank
 from adaptrt.adapters.options import (
     Rule,
     any_value,
-    boolean,
     finite,
+    flag,
     match_ending,
     plain_patterns,
     positive_int,
@@ -50,7 +51,7 @@ class FourierFtVariant(Variant):
         "n_frequency_pattern": plain_patterns(positive_int),
         "scaling": finite,
         "random_loc_seed": _seed,
-        "fan_in_fan_out": boolean,  # says how the base stores W
+        "fan_in_fan_out": flag,  # says how the base stores W
         "init_weights": any_value,  # of the start
     }
     params: ClassVar[Mapping[str, type]] = {"frequencies": int, "scale": float, "seed": float}
@@ -67,7 +68,7 @@ class FourierFtVariant(Variant):
         params = {"frequencies": frequencies, "scale": float(scaling), "seed": seed}
         return params, {"spectrum": "fourierft_spectrum"}
 
-    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight, scale: float) -> Lowered:
+    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight) -> Lowered:
         """Two ranks a frequency where these cost less than the dense change.
 
         Raises AdapterError for more frequencies than the weight has entries.
@@ -77,7 +78,7 @@ class FourierFtVariant(Variant):
         if len(spectrum) > out * inner:
             raise AdapterError(f"{len(spectrum)} frequencies for a weight of {out * inner} entries")
         places = first_of_permutation(out * inner, len(spectrum), int(params["seed"]))
-        scale *= float(params["scale"])
+        scale = float(params["scale"])
         if 2 * len(spectrum) * (out + inner) < out * inner:
             return Lowered(terms=(_low_rank(spectrum, places, out, inner, scale),))
         return Lowered(terms=(dense_term(_inverse(spectrum, places, out, inner), scale),))
@@ -136,22 +137,43 @@ def _waves(frequencies: NDArray[np.int64], size: int) -> Floats:
 
 
 def _inverse(spectrum: Floats, places: NDArray[np.int64], out: int, inner: int) -> Floats:
-    """Re(F⁻¹ S) [out, inner]. The transform along the outputs of the real S is half of it and the conjugate rest."""
-    rows, columns = places // inner, places % inner
-    half = np.empty((out // 2 + 1, inner), np.complex64)
-    for part in row_parts(inner, out):
-        here = (columns >= part.start) & (columns < part.stop)
-        piece = np.zeros((out, part.stop - part.start))
-        piece[rows[here], columns[here] - part.start] = spectrum[here]
-        half[:, part] = np.fft.ihfft(piece, axis=0)
+    """Re(F⁻¹ S) [out, inner]. Row y is the inverse transform of a half spectrum, row out - y its mirror image."""
+    rows, columns, values = _folded(spectrum, places // inner, places % inner, out, inner)
+    firsts = np.flatnonzero(np.diff(columns, prepend=-1))
     change = np.empty((out, inner), np.float32)
-    for part in row_parts(len(half), inner):
-        change[part] = np.fft.ifft(half[part]).real
+    parts = list(row_parts(out // 2 + 1, inner))
+    turn = np.exp(np.arange(out) * (2j * np.pi / out)).astype(np.complex64)
+    steps = turn[rows[:, None] * np.arange(parts[0].stop) % out]  # from a part's first row to the others
+
+    def fill(part: slice) -> None:
+        size = part.stop - part.start
+        waves = steps[:, :size] * (turn[rows * part.start % out] * values)[:, None]
+        half = np.zeros((size, inner // 2 + 1), np.complex64)
+        half[:, columns[firsts]] = np.add.reduceat(waves, firsts).T
+        change[part] = np.fft.irfft(half, inner)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(fill, parts))
     count = (out - 1) // 2  # rows 1 … count again, as rows out - 1, out - 2, …, with their columns mirrored
     rest = change[out - count :][::-1]
     rest[:, 0] = change[1 : count + 1, 0]
     rest[:, 1:] = change[1 : count + 1, :0:-1]
     return change
+
+
+def _folded(
+    spectrum: Floats, rows: NDArray[np.int64], columns: NDArray[np.int64], out: int, inner: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], Floats]:
+    """The entries with those of the right half of the columns turned over into the left one, by columns.
+
+    An entry and its conjugate are half of a real wave each, and the same in the first and the middle column.
+    """
+    right = columns > inner - columns
+    rows, columns = np.where(right, -rows % out, rows), np.where(right, inner - columns, columns)
+    alone = (columns == 0) | (2 * columns == inner)
+    values = spectrum * np.where(alone, np.float32(1 / out), np.float32(0.5 / out))
+    order = np.argsort(columns, kind="stable")
+    return rows[order], columns[order], values[order]
 
 
 @hookimpl

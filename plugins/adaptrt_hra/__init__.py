@@ -1,7 +1,7 @@
 """HRA (Yuan et al., arXiv:2405.17484): W's input is reflected r times, y = W (I - 2 u₁u₁ᵀ) … (I - 2 u_r u_rᵀ) x + b.
 
 The chain is I - Z Yᵀ with Y the unit vectors u_i and z_i = 2 (I - Z_{<i} Y_{<i}ᵀ) u_i, so that the change of W is the
-low-rank product (-W Z) Yᵀ, which depends on the base.
+low-rank product -(W Z) Yᵀ. W Z takes all of the base's weight, so it is derived once, at import.
 """
 
 from __future__ import annotations
@@ -35,7 +35,11 @@ class HraVariant(Variant):
         "init_weights": any_value,
     }
     params: ClassVar[Mapping[str, type]] = {"rank": int, "orthogonalize": bool}
-    roles: ClassVar[Mapping[str, tuple[str | int, ...]]] = {"u": ("in", "rank")}
+    roles: ClassVar[Mapping[str, tuple[str | int, ...]]] = {
+        "u": ("in", "rank"),
+        "product": ("out", "rank"),  # W Z
+    }
+    derived: ClassVar[frozenset[str]] = frozenset({"product"})
 
     def claims(self, config: Mapping[str, Any]) -> bool:
         """See Variant.claims."""
@@ -46,14 +50,25 @@ class HraVariant(Variant):
         rank, orthogonalize = config.get("r", PEFT_DEFAULT), config.get("apply_GS", False)
         return {"rank": rank, "orthogonalize": orthogonalize}, {"u": "hra_u"}
 
-    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight, scale: float) -> Lowered:
-        """U = -W Z and V = Yᵀ, times the user's scale. Raises AdapterError for a vector without direction."""
-        vectors = to_float32(tensors["u"]).astype(np.float64)
-        y, z = orthogonal(vectors) if params["orthogonalize"] else reflections(vectors)
+    def derive(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight) -> Mapping[str, Tensor]:
+        """W Z, a few rows of the dequantized W at a time."""
+        _, z = _chain(params, tensors)
         narrow = z.astype(np.float32)
         product = np.concatenate([*over_rows(base, lambda _, rows: rows @ narrow)])
-        u, v = (Tensor.from_numpy(np.ascontiguousarray(m, np.float32)) for m in (-product, y.T))
-        return Lowered(terms=(LowRank(u, v, scale),))
+        return {"product": Tensor.from_numpy(product)}
+
+    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight) -> Lowered:
+        """U = W Z and V = Yᵀ, times -1. Raises AdapterError for a vector without direction."""
+        y, _ = _chain(params, tensors)
+        v = Tensor.from_numpy(np.ascontiguousarray(y.T, np.float32))
+        product = tensors.get("product") or self.derive(params, tensors, base)["product"]
+        return Lowered(terms=(LowRank(product, v, -1.0),))
+
+
+def _chain(params: Params, tensors: Mapping[str, Tensor]) -> tuple[Float64s, Float64s]:
+    """Y and Z of the stored vectors."""
+    vectors = to_float32(tensors["u"]).astype(np.float64)
+    return orthogonal(vectors) if params["orthogonalize"] else reflections(vectors)
 
 
 def reflections(vectors: Float64s) -> tuple[Float64s, Float64s]:

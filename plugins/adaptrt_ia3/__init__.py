@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import numpy as np
-
 from adaptrt.adapters.normal import Lowered
 from adaptrt.adapters.options import Rule, any_value
 from adaptrt.adapters.problems import Problems
@@ -42,10 +40,10 @@ class Ia3Variant(Variant):
             return {}, {"input": TENSOR}
         return {}, {"output": TENSOR}
 
-    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight, scale: float) -> Lowered:
-        """The gain 1 + scale · (l - 1)."""
+    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight) -> Lowered:
+        """The gain l, of the inputs or the outputs."""
         ((role, tensor),) = tensors.items()
-        gain = 1 + np.float32(scale) * (to_float32(tensor).reshape(-1) - 1)
+        gain = to_float32(tensor).reshape(-1)
         return Lowered(g_in=gain) if role == "input" else Lowered(g_out=gain, scales_bias=True)
 
 

@@ -32,7 +32,7 @@ class LnTuningVariant(Variant):
             problems.add(f"is of kind {module.base.kind}, expected a norm")
         return {}, {WEIGHT: "ln_tuning_layers.weight"}
 
-    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight, scale: float) -> Lowered:
+    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight) -> Lowered:
         """Nothing beside what is carried."""
         return Lowered()
 

@@ -52,9 +52,9 @@ class LoHaVariant(Variant):
         alpha = match_pattern(config.get("alpha_pattern"), module.path, config.get("alpha", PEFT_DEFAULT))
         return {"rank": rank, "scale": float(alpha) / rank}, {role: f"hada_{role}" for role in self.roles}
 
-    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight, scale: float) -> Lowered:
+    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight) -> Lowered:
         """Column i r + j of U is w1a's column i times w2a's column j; the rows of V likewise."""
-        scale *= float(params["scale"])
+        scale = float(params["scale"])
         w1_a, w1_b, w2_a, w2_b = (to_float32(tensors[role]) for role in self.roles)
         (out, rank), inner = w1_a.shape, w1_b.shape[1]
         if rank * rank * (out + inner) < out * inner:

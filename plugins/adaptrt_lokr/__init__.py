@@ -64,10 +64,10 @@ class LoKrVariant(Variant):
         ]
         return {"rank": rank, "scale": float(alpha) / rank}, {role: f"lokr_{role}" for role in roles}
 
-    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight, scale: float) -> Lowered:
+    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight) -> Lowered:
         """One Kronecker term. Raises AdapterError for a factor that is there twice or not at all."""
         w1, w2 = (_factor(name, tensors) for name in FACTORS)
-        return Lowered(terms=(Kronecker(w1, w2, scale * float(params["scale"])),))
+        return Lowered(terms=(Kronecker(w1, w2, float(params["scale"])),))
 
 
 def _factor(name: str, tensors: Mapping[str, Tensor]) -> Tensor:

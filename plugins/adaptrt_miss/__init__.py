@@ -65,11 +65,11 @@ class MissVariant(Variant):
         rank = config.get("r", PEFT_DEFAULT_RANK)
         return {"rank": rank}, {"bat" if form == "bat" else "block": suffix}
 
-    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight, scale: float) -> Lowered:
+    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight) -> Lowered:
         """U = Dᵀ and the shared V, or the dense change of bat. Raises AdapterError for sizes that do not divide."""
         out, inner = base.shape
         if tensors.keys() == {"bat"}:
-            return Lowered(terms=(dense_term(_bat_change(to_float32(tensors["bat"]), base), scale),))
+            return Lowered(terms=(dense_term(_bat_change(to_float32(tensors["bat"]), base)),))
         if tensors.keys() != {"block"}:
             raise AdapterError(f"found {', '.join(tensors) or 'no tensors'}, expected block or bat")
         rank, width = tensors["block"].shape
@@ -80,7 +80,7 @@ class MissVariant(Variant):
                     f"block is [{rank}, {width}], expected a width that divides the {out} outputs"
                 )
             u = Tensor(u.dtype, (out, rank), np.tile(u.data, out // width))
-        return Lowered(terms=(LowRank(u, shard_sum(rank, inner), scale),))
+        return Lowered(terms=(LowRank(u, shard_sum(rank, inner)),))
 
 
 _shard_sums: WeakValueDictionary[tuple[int, int], Tensor] = WeakValueDictionary()

@@ -13,7 +13,7 @@ import numpy as np
 
 from adaptrt.adapters.dense import Floats, dense_term
 from adaptrt.adapters.normal import Lowered
-from adaptrt.adapters.options import Rule, any_value, boolean, finite, positive_int
+from adaptrt.adapters.options import Rule, any_value, boolean, finite, flag, positive_int
 from adaptrt.adapters.problems import Problems, brief
 from adaptrt.adapters.variant import BaseWeight, Module, Params, Roles, Variant
 from adaptrt.errors import AdapterError
@@ -43,7 +43,7 @@ class OftVariant(Variant):
         **dict.fromkeys(("block_share", "coft", "use_cayley_neumann"), boolean),
         "eps": finite,
         "num_cayley_neumann_terms": positive_int,
-        "fan_in_fan_out": boolean,  # says how the base stores W
+        "fan_in_fan_out": flag,  # says how the base stores W
         **dict.fromkeys(("module_dropout", "init_weights"), any_value),  # of training, of the start
     }
     params: ClassVar[Mapping[str, type]] = {
@@ -95,8 +95,8 @@ class OftVariant(Variant):
         }
         return params, {"R": f"oft_{'embedding_' if module.base.kind == 'embedding' else ''}R.weight"}
 
-    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight, scale: float) -> Lowered:
-        """At a scale s the input is x + s (R x - x). The embedding's change, its table times R - I, is dense.
+    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight) -> Lowered:
+        """The rotation; of the embedding a dense change, its table times R - I.
 
         Raises AdapterError for blocks that do not make the input.
         """
@@ -116,11 +116,11 @@ class OftVariant(Variant):
             limit = np.float32(float(params["eps"]) / blocks**0.5)
             q *= np.where(size <= limit, np.float32(1), limit / np.maximum(size, limit))
         turn = neumann(q, int(params["terms"])) if params["neumann"] else cayley(q)
-        eye = np.eye(block, dtype=np.float32)
-        change = np.broadcast_to(turn - eye, (inner // block, block, block))
+        turn = np.ascontiguousarray(np.broadcast_to(turn, (inner // block, block, block)))
         if base.kind == "embedding":
-            return Lowered(terms=(dense_term(_turned_table(base.weight(), change), scale),))
-        return Lowered(rotation=eye + np.float32(scale) * change)
+            change = turn - np.eye(block, dtype=np.float32)
+            return Lowered(terms=(dense_term(_turned_table(base.weight(), change)),))
+        return Lowered(rotation=turn)
 
 
 def _turned_table(table: Floats, change: Floats) -> Floats:

@@ -2,25 +2,27 @@
 
 A and the B_j are random, fixed and shared by all modules; Λ_j [r] and Γ_j are trained and scale A along both of its
 sides. A has the smaller of the two sizes of the weight; where that is `out`, all is transposed. The n bases together
-have full rank, so the change is dense.
+have full rank. Still the change is kept as the low-rank product that it is, of all B_j side by side, which are one
+tensor for all modules, and of the scaled A: multiplied out it would be larger, and 4 TFLOP away for a 1B model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from adaptrt.adapters.dense import dense_term, row_parts
-from adaptrt.adapters.normal import Lowered
-from adaptrt.adapters.options import Rule, any_value, boolean, finite, positive_int
+from adaptrt.adapters.dense import transposed
+from adaptrt.adapters.normal import Lowered, LowRank
+from adaptrt.adapters.options import Rule, any_value, finite, flag, positive_int
 from adaptrt.adapters.problems import Problems
 from adaptrt.adapters.variant import BaseWeight, Module, Params, Roles, Variant
 from adaptrt.errors import AdapterError
 from adaptrt.hookspecs import hookimpl
-from adaptrt.quant.plain import rows_to_float32, to_float32
-from adaptrt.tensor import Tensor
+from adaptrt.quant.plain import to_float32
+from adaptrt.tensor import PLAIN_ITEM_BYTES, Tensor
 
 PEFT_DEFAULTS = {"r": 32, "randlora_alpha": 640}
 
@@ -39,7 +41,7 @@ class RandLoraVariant(Variant):
         "r": positive_int,
         "randlora_alpha": finite,
         "save_projection": _saved,
-        "fan_in_fan_out": boolean,  # says how the base stores W
+        "fan_in_fan_out": flag,  # says how the base stores W
         # how the stored bases were made, of training, of the start
         **dict.fromkeys(
             ("projection_prng_key", "sparse", "very_sparse", "randlora_dropout", "init_weights"), any_value
@@ -69,8 +71,8 @@ class RandLoraVariant(Variant):
         roles |= {role: f"randlora_{role}" for role in ("lambda", "gamma")}
         return {"rank": rank, "scale": float(alpha) / rank}, roles
 
-    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight, scale: float) -> Lowered:
-        """The dense change. Raises AdapterError for bases that are too small for the weight."""
+    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight) -> Lowered:
+        """U = the bases and V = the scaled A, or both transposed. Raises AdapterError for too small bases."""
         lambdas, gammas = to_float32(tensors["lambda"]), to_float32(tensors["gamma"])
         (bases, smaller), larger = gammas.shape, max(base.shape)
         a, b = tensors["A"], tensors["B"]
@@ -82,13 +84,24 @@ class RandLoraVariant(Variant):
         # PEFT's order of the inner index: A's runs over the bases first, B's over the rank, and they meet as they are
         scaled = lambdas[:, :, None] * to_float32(a)[:, :, :smaller]
         scaled *= gammas
-        scaled_a = scaled.reshape(-1, smaller)
-        change = np.empty(base.shape, np.float32)
-        view = change if base.shape == (larger, smaller) else change.T
-        rows = Tensor(b.dtype, (b.shape[0], b.shape[1] * b.shape[2]), b.data)
-        for part in row_parts(larger, len(scaled_a)):
-            view[part] = rows_to_float32(rows, part.start, part.stop)[:, : len(scaled_a)] @ scaled_a
-        return Lowered(terms=(dense_term(change, scale * float(params["scale"])),))
+        scaled_a, scale = Tensor.from_numpy(scaled.reshape(-1, smaller)), float(params["scale"])
+        if base.shape == (larger, smaller):
+            return Lowered(terms=(LowRank(side_by_side(b, bases, False), scaled_a, scale),))
+        return Lowered(terms=(LowRank(transposed(scaled_a), side_by_side(b, bases, True), scale),))
+
+
+_side_by_side: WeakKeyDictionary[Tensor, dict[tuple[int, bool], Tensor]] = WeakKeyDictionary()
+
+
+def side_by_side(b: Tensor, bases: int, turned: bool) -> Tensor:
+    """The first bases of B as [largest, bases · rank], or transposed; one object for all modules while B lives."""
+    known = _side_by_side.setdefault(b, {})
+    if (bases, turned) not in known:
+        bits = b.data.view(f"u{PLAIN_ITEM_BYTES[b.dtype]}").reshape(b.shape)[:, :bases]
+        matrix = bits.reshape(len(bits), -1)
+        found = Tensor(b.dtype, matrix.shape, np.ascontiguousarray(matrix).reshape(-1).view(np.uint8))
+        known[bases, turned] = transposed(found) if turned else found
+    return known[bases, turned]
 
 
 @hookimpl

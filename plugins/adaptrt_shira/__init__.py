@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from adaptrt.adapters.normal import Lowered, Sparse
-from adaptrt.adapters.options import Rule, any_value, boolean, positive_int
+from adaptrt.adapters.options import Rule, any_value, flag, positive_int
 from adaptrt.adapters.problems import Problems
 from adaptrt.adapters.variant import BaseWeight, Module, Params, Roles, Variant
 from adaptrt.errors import AdapterError
@@ -23,7 +23,7 @@ class ShiraVariant(Variant):
     name = "shira"
     options: ClassVar[Mapping[str, Rule]] = {
         "r": positive_int,  # entries / (in + out), as the tensors show
-        "fan_in_fan_out": boolean,  # says how the base stores W
+        "fan_in_fan_out": flag,  # says how the base stores W
         # how the mask was made, of the start
         **dict.fromkeys(("mask_type", "random_seed", "init_weights"), any_value),
     }
@@ -39,7 +39,7 @@ class ShiraVariant(Variant):
         """See Variant.resolve."""
         return {}, {"values": "shira_weight", "places": "shira_indices"}
 
-    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight, scale: float) -> Lowered:
+    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight) -> Lowered:
         """Places in any order become compressed rows; entries in one place add up, as in PEFT.
 
         Raises AdapterError for a place outside the weight.
@@ -55,7 +55,7 @@ class ShiraVariant(Variant):
         places, entry = np.unique(rows * inner + columns, return_inverse=True)
         values = np.bincount(entry, to_float32(tensors["values"]), len(places)).astype(np.float32)
         row_start = np.searchsorted(places, np.arange(out + 1) * inner).astype(np.int32)
-        return Lowered(terms=(Sparse(row_start, (places % inner).astype(np.int32), values, scale),))
+        return Lowered(terms=(Sparse(row_start, (places % inner).astype(np.int32), values),))
 
 
 @hookimpl

@@ -33,7 +33,7 @@ class TrainableTokensVariant(Variant):
         """See Variant.resolve."""
         return {ROW_IDS: whole_numbers(config.get("token_indices") or ())}, {ROWS: "trainable_tokens_delta"}
 
-    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight, scale: float) -> Lowered:
+    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight) -> Lowered:
         """Nothing beside what is carried."""
         return Lowered()
 

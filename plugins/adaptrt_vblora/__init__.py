@@ -14,7 +14,7 @@ import numpy as np
 
 from adaptrt.adapters.dense import Floats
 from adaptrt.adapters.normal import Lowered, LowRank
-from adaptrt.adapters.options import Rule, any_value, boolean, positive_int
+from adaptrt.adapters.options import Rule, any_value, boolean, flag, positive_int
 from adaptrt.adapters.problems import Problems
 from adaptrt.adapters.variant import BaseWeight, Module, Params, Roles, Variant
 from adaptrt.errors import AdapterError
@@ -33,7 +33,7 @@ class VbLoraVariant(Variant):
     options: ClassVar[Mapping[str, Rule]] = {
         **dict.fromkeys(PEFT_DEFAULTS, positive_int),
         "save_only_topk_weights": boolean,
-        "fan_in_fan_out": boolean,  # says how the base stores W; A and B are the same
+        "fan_in_fan_out": flag,  # says how the base stores W; A and B are the same
         # of training, of the start
         **dict.fromkeys(("vblora_dropout", "init_vector_bank_bound", "init_logits_std"), any_value),
     }
@@ -64,7 +64,7 @@ class VbLoraVariant(Variant):
         }
         return params, {"bank": BANK, **roles}
 
-    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight, scale: float) -> Lowered:
+    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight) -> Lowered:
         """U = B, V = A. Raises AdapterError for logits of other sizes and for vectors that the bank has not."""
         bank = to_float32(tensors["bank"])
         topk = int(params["topk"])
@@ -74,7 +74,7 @@ class VbLoraVariant(Variant):
         u = b.transpose(0, 2, 1).reshape(-1, b.shape[1])
         if (len(u), v.shape[1]) != base.shape:
             raise AdapterError(f"vectors make [{len(u)}, {v.shape[1]}], expected {list(base.shape)}")
-        return Lowered(terms=(LowRank(Tensor.from_numpy(u), Tensor.from_numpy(v), scale),))
+        return Lowered(terms=(LowRank(Tensor.from_numpy(u), Tensor.from_numpy(v)),))
 
 
 def _mixtures(name: str, tensors: Mapping[str, Tensor], bank: Floats, topk: int) -> Floats:

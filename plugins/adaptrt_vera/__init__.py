@@ -69,10 +69,10 @@ class VeraVariant(Variant):
         roles = {"A": A, "B": B, "lambda_d": D, "lambda_b": "vera_lambda_b"}
         return {"rank": config.get("r", PEFT_DEFAULT)}, roles
 
-    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight, scale: float) -> Lowered:
+    def lower(self, params: Params, tensors: Mapping[str, Tensor], base: BaseWeight) -> Lowered:
         """U = B and V = A as they are, d = λ_d, e = λ_b."""
         d, e = to_float32(tensors["lambda_d"]), to_float32(tensors["lambda_b"])
-        return Lowered(terms=(LowRank(tensors["B"], tensors["A"], scale, d=d, e=e),))
+        return Lowered(terms=(LowRank(tensors["B"], tensors["A"], d=d, e=e),))
 
 
 def kaiming_uniform(draw: np.random.RandomState, rows: int, cols: int) -> Tensor:

@@ -8,7 +8,7 @@ from adaptrt.quant.plain import to_float32
 
 
 class GainVariant(Variant):
-    """At the user's scale s the vector is 1 + s (g - 1), so that scale 0 is no change."""
+    """A user's scale is no concern of ours: at scale s adaptrt takes 1 + s (g - 1)."""
 
     # what files and users call it
     name = "gain"
@@ -27,10 +27,9 @@ class GainVariant(Variant):
         """One module's params, and the name of each role's tensor after the module's path."""
         return {}, {"gain": "gain"}
 
-    def lower(self, params, tensors, base, scale):
+    def lower(self, params, tensors, base):
         """The normal form (adaptrt's spec/adapters.md) of one target."""
-        gain = to_float32(tensors["gain"])
-        return Lowered(g_out=1 + (gain - 1) * gain.dtype.type(scale))
+        return Lowered(g_out=to_float32(tensors["gain"]))
 
 
 @hookimpl

@@ -7,7 +7,7 @@ from adaptrt.testing import VariantConformance
 
 class TestGain(VariantConformance):
     variant = GainVariant()
-    config = {"peft_type": "GAIN", "target_modules": ["q_proj"], "init_gain": True}
+    config = {"peft_type": "GAIN", "target_modules": ["q_proj", "down_proj"], "init_gain": True}
     targets = ("blk.0.attn_q", "blk.0.ffn_down", "output")
 
     def reference(self, x, weight, bias, params, tensors, scale):
