@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
+from dataclasses import astuple, replace
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -14,15 +17,16 @@ from helpers.oracle import llama_folder, peft_folder
 from helpers.tiny import convert_model
 
 from adaptrt.adapters.base import open_base
-from adaptrt.adapters.normal import LowRank
+from adaptrt.adapters.normal import Kronecker, Lowered, LoweredAdapter, LowRank, Sparse
 from adaptrt.backends.base import LoadOptions, Peaks
 from adaptrt.backends.cpu import CpuBackend
+from adaptrt.bench.added import Added
 from adaptrt.bench.crowd import crowds
 from adaptrt.bench.peers.gguf import write_gguf
 from adaptrt.bench.products import Product, layers, product_works, products
-from adaptrt.bench.report import geometric_means, product_rows
+from adaptrt.bench.report import geometric_means, product_rows, rows
 from adaptrt.bench.shapes import SHAPES, random_adapters, random_factor, random_tensor
-from adaptrt.bench.subject import Cost, adapter_bytes
+from adaptrt.bench.subject import Cost
 from adaptrt.bench.work import Work, measure
 from adaptrt.cli.bench import PEERS
 from adaptrt.format import open_file
@@ -111,6 +115,8 @@ def test_product_rows_compare_and_average() -> None:
 def test_random_adapters_of_other_variants_fit(files: tuple[Path, Path], variant: str) -> None:
     outcome = adaptrt_cli("bench", files[0], "--variant", variant, "--rounds", 1, "--steps", 1)
     assert outcome.code == 0 and "decode 8 streams, 8 adapters" in outcome.out
+    stacked = next(line for line in outcome.out.splitlines() if "4 stacked" in line)
+    assert re.search(r"   \d+\.\d\d \d+\.\d\d \d+\.\d\d, \d+\.\d\d$", stacked)
 
 
 @pytest.mark.parametrize(
@@ -158,13 +164,46 @@ def test_costs_are_those_of_the_shapes(files: tuple[Path, Path]) -> None:
     with open_file(files[0]) as file:
         base = open_base(file, load_registry().architectures)
         cost = Cost.of(base.program, base.weights())
-        lora, dora, vera = (random_adapters(name, base.specs, 4, 2)[1] for name in ("lora", "dora", "vera"))
     assert (cost.token_operations, cost.logit_operations) == (2 * linear, 2 * 131 * 64)
     assert linear / 2 + 131 * 64 < cost.step_bytes < 0.6 * linear + 1.1 * 131 * 64
-    outputs = 2 * (2 * 64 + 2 * 32 + 2 * 160 + 64)
-    assert adapter_bytes(lora) == 2 * 2 * 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 160))
-    assert adapter_bytes(dora) == adapter_bytes(lora) + 4 * outputs
-    assert adapter_bytes(vera) == 2 * 4 * (160 + 160) + 4 * (outputs + 14 * 4)
+
+
+def test_what_adapters_add(files: tuple[Path, Path]) -> None:
+    """Counted by hand for the same sizes: q, k and v read one input, gate and up another."""
+    with open_file(files[0]) as file:
+        base = open_base(file, load_registry().architectures)
+    lora, dora, vera = (random_adapters(name, base.specs, 4, 2) for name in ("lora", "dora", "vera"))
+
+    def added(*stacks: Sequence[LoweredAdapter]) -> tuple[int, int, int]:
+        return astuple(Added.by(base.program, stacks))
+
+    items = 2 * 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 160))
+    outputs, inputs = 2 * (2 * 64 + 2 * 32 + 2 * 160 + 64), 2 * (3 * 64 + 160)
+    vectors, factors = 4 * (outputs + 14 * 4), 2 * 4 * (160 + 160)
+    assert added(lora[:1]) == (2 * items, 0, 2 * items)
+    assert added(lora) == added(lora[:1], lora[1:]) == (4 * items, 0, 4 * items)
+    assert added(dora[:1]) == (2 * items + 4 * outputs, 0, 2 * items)
+    assert added(vera[:1]) == (vectors, factors, 2 * 4 * (inputs + outputs))
+    assert added(vera) == (2 * vectors, factors, 2 * 4 * (inputs + 2 * outputs))
+    assert added(vera[:1], vera[1:]) == (2 * vectors, factors, 2 * 4 * 2 * (inputs + outputs))
+    w1, w2 = (random_factor(np.random.default_rng(0), *shape) for shape in ((4, 8), (16, 8)))
+    entries = Sparse(np.zeros(65, np.int32), np.zeros(9, np.int32), np.zeros(9, np.float32), 1.0)
+    terms = {"blk.0.attn_q": Lowered((Kronecker(w1, w2, 1.0), entries), c=np.zeros(64, np.float32))}
+    n_bytes = 2 * (4 * 8 + 16 * 8) + 4 * (65 + 9 + 9) + 4 * 64
+    assert added([terms]) == (n_bytes, 0, 2 * (8 * 16 * 8 + 4 * 8 * 16 + 9))
+
+
+def test_a_prediction_adds_what_each_part_takes() -> None:
+    alone = Work("alone", 1, float, 100, 50, seconds=[2.0])
+    own = Work("own", 1, float, 130, 70, seconds=[9.0], without=alone)
+    shared = replace(own, name="shared", floor_bytes=170, shared_bytes=40)
+    peaks = Peaks(10.0, 5.0, shared_seconds=6.0)
+    assert own.predicted_seconds(peaks) == 2 + 30 / 10 + 20 / 5
+    assert shared.predicted_seconds(peaks) == 2 + 30 / 10 + 6 + 20 / 5
+    assert shared.predicted_seconds(Peaks(10.0)) == 2 + 30 / 10 + 40 / 10
+    assert alone.predicted_seconds(peaks) is None and own.predicted_seconds(Peaks()) is None
+    table = rows([alone, own], peaks)
+    assert [row["predicted_over_base"] for row in table] == [None, 4.5]
 
 
 def test_rounds_drop_the_first_and_ratios_pair_them() -> None:

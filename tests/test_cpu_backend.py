@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from helpers.isas import BYTE_ISAS, FLOAT_ISAS, INTEGER_ISAS, ISAS, load_on_cpu
 
+from adaptrt.adapters.fit import AttachPoint
+from adaptrt.adapters.normal import Lowered
 from adaptrt.backends.base import LoadOptions, Peaks
 from adaptrt.backends.reference import ReferenceBackend
 from adaptrt.program import Attention, Gated, Linear, Rope
@@ -26,6 +28,7 @@ from adaptrt.testing.programs import (
     batch,
     decoder,
     linear_model,
+    low_rank,
     operation_model,
     probe,
     random,
@@ -232,6 +235,18 @@ def test_peaks_are_those_of_the_threads_and_may_be_unknown() -> None:
     calls.table = calls.ffi.new("adrt_backend *", calls.table[0])
     calls.table.peaks = calls.ffi.NULL
     assert executable.peaks() == Peaks()
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("rank", [4, 64])
+def test_the_time_to_read_what_targets_share(precision: str, rank: int) -> None:
+    executable = load(decoder(), precision=precision)
+    shared = low_rank(1, AttachPoint("linear", 128, 128), rank, "bf16", d=True, e=True)
+    handle = executable.attach({"0.q": Lowered((shared,))})
+    assert executable.peaks().shared_seconds == 0
+    executable.detach(handle)
+    executable.attach({name: Lowered((shared,)) for name in ("0.q", "0.o", "1.q")})
+    assert 0 < executable.peaks().shared_seconds < 1
 
 
 def test_describe_names_kernels_precision_and_threads() -> None:

@@ -59,7 +59,8 @@ class Batch:
 class Peaks:
     """What the hardware does at best, 0 where that is not known; `device_bytes` of its own memory are in use.
 
-    `streamed_bytes` of weights come over the bus in every step.
+    `streamed_bytes` of weights come over the bus in every step. `shared_seconds` of one pass only the reading of what
+    targets of an attached adapter share, in the order of a step.
     """
 
     bytes_per_second: float = 0.0
@@ -67,6 +68,7 @@ class Peaks:
     device_bytes: int = 0
     bus_bytes_per_second: float = 0.0
     streamed_bytes: int = 0
+    shared_seconds: float = 0.0
 
     @property
     def bus_seconds(self) -> float:

@@ -24,6 +24,7 @@ def rows(works: Sequence[Work], peaks: Peaks) -> list[Row]:
             "gigaoperations_per_second": work.operations / work.median_seconds / 1e9,
             "percent_of_floor": _percent(work, peaks),
             "time_over_base": work.ratio_to(works[0]),
+            "predicted_over_base": _predicted(work, works[0], peaks),
         }
         for work in works
     ]
@@ -75,6 +76,11 @@ def _percent(work: Work, peaks: Peaks) -> float | None:
     return 100 * floor / work.median_seconds if floor else None
 
 
+def _predicted(work: Work, base: Work, peaks: Peaks) -> float | None:
+    seconds = work.predicted_seconds(peaks)
+    return None if seconds is None else seconds / base.median_seconds
+
+
 def _geometric_mean(values: Sequence[float]) -> float:
     return math.exp(statistics.fmean(math.log(value) for value in values))
 
@@ -114,13 +120,15 @@ def _model_lines(report: Mapping[str, Any]) -> Iterator[str]:
 
 def _table_lines(table: Sequence[Row]) -> Iterator[str]:
     title = f"\n{'':36}{'tokens/s':>9}{'ms':>9}{'GB/s':>7}{'GOP/s':>8}{'% of floor':>11}"
-    yield f"{title}   time over {table[0]['name']}"
+    yield f"{title}   time over {table[0]['name']} (min median max, predicted)"
     for row in table:
         numbers = (
             f"{row['tokens_per_second']:9.1f}{row['milliseconds']:9.2f}{row['gigabytes_per_second']:7.1f}"
             f"{row['gigaoperations_per_second']:8.0f}{_percent_text(row)}"
         )
-        yield f"{row['name']:36}{numbers}   {_ratios(row['time_over_base'])}"
+        predicted = row["predicted_over_base"]
+        ratios = _ratios(row["time_over_base"]) + (f", {predicted:.2f}" if predicted else "")
+        yield f"{row['name']:36}{numbers}   {ratios}"
 
 
 def _product_lines(table: Sequence[Row], means: Sequence[Row]) -> Iterator[str]:

@@ -10,13 +10,14 @@ from math import prod
 
 import numpy as np
 
-from adaptrt.adapters.normal import LoweredAdapter, LowRank
 from adaptrt.backends.base import Batch, Executable
+from adaptrt.bench.added import Added
 from adaptrt.bench.work import Work
 from adaptrt.program import Attention, Linear, Logits, Program
 from adaptrt.tensor import Tensor
 
 Stack = tuple[int, ...]  # adapter handles
+NOTHING = Added()
 
 
 @dataclass(frozen=True)
@@ -46,19 +47,6 @@ class Cost:
         )
 
 
-def adapter_bytes(adapter: LoweredAdapter) -> int:
-    """Bytes that a step must read of an adapter: terms and gains, a factor that targets share once."""
-    factors: dict[int, int] = {}
-    vectors = 0
-    for lowered in adapter.values():
-        vectors += sum(gain.nbytes for gain in (lowered.g_in, lowered.g_out) if gain is not None)
-        for term in lowered.terms:
-            shared = [f for f in (term.u, term.v) if f is not None] if isinstance(term, LowRank) else []
-            factors |= {id(factor): factor.data.nbytes for factor in shared}
-            vectors += term.nbytes - sum(factor.data.nbytes for factor in shared)
-    return vectors + sum(factors.values())
-
-
 @dataclass(frozen=True)
 class Subject:
     """An executable to be timed."""
@@ -69,11 +57,17 @@ class Subject:
     vocab_size: int
 
     def decode(
-        self, name: str, stacks: Sequence[Stack], more_bytes: int, steps: int, context: int = 0
+        self,
+        name: str,
+        stacks: Sequence[Stack],
+        steps: int,
+        context: int = 0,
+        added: Added = NOTHING,
+        without: Work | None = None,
     ) -> Work:
         """One token for each stack's stream, after `context` others, `steps` times a round.
 
-        `more_bytes` are the adapters'.
+        `added` is by the stacks, `without` the same work without them.
         """
         streams, pages = len(stacks), self._pages(context + steps)
         self.executable.reserve(streams * pages)
@@ -83,11 +77,20 @@ class Subject:
             return self._step(stacks, next(positions), 1, pages)
 
         cost = self.cost
-        more_bytes += streams * (context + steps // 2) * cost.context_bytes
-        operations = (cost.token_operations + cost.logit_operations) * streams
-        return Work(name, streams, run, cost.step_bytes + more_bytes, operations, steps)
+        n_bytes = cost.step_bytes + streams * (context + steps // 2) * cost.context_bytes
+        operations = (cost.token_operations + cost.logit_operations) * streams + added.operations
+        return Work(
+            name,
+            streams,
+            run,
+            n_bytes + added.own_bytes + added.shared_bytes,
+            operations,
+            steps,
+            without=without,
+            shared_bytes=added.shared_bytes,
+        )
 
-    def prefill(self, name: str, stack: Stack, more_bytes: int, n_tokens: int) -> Work:
+    def prefill(self, name: str, stack: Stack, n_tokens: int, added: Added = NOTHING) -> Work:
         """A prompt of n_tokens, in steps of 512 as the engine cuts it."""
         pages = self._pages(n_tokens)
         self.executable.reserve(pages)
@@ -96,8 +99,10 @@ class Subject:
             pieces = range(0, n_tokens, 512)
             return sum(self._step([stack], start, min(512, n_tokens - start), pages) for start in pieces)
 
-        operations = self.cost.token_operations * n_tokens + self.cost.logit_operations
-        return Work(name, n_tokens, run, self.cost.step_bytes + more_bytes, operations)
+        cost = self.cost
+        n_bytes = cost.step_bytes + added.own_bytes + added.shared_bytes
+        operations = (cost.token_operations + added.operations) * n_tokens + cost.logit_operations
+        return Work(name, n_tokens, run, n_bytes, operations)
 
     def _pages(self, n_tokens: int) -> int:
         return -(-n_tokens // self.page_tokens)

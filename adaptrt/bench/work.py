@@ -6,13 +6,16 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from adaptrt.backends.base import Peaks
+
 
 @dataclass
 class Work:
     """`run` does the work once and returns its seconds; `seconds` collects the median of `runs` of them per round.
 
     `tokens` come out of one run; `floor_bytes` and `operations` are what it must at least read and compute
-    (a multiply and an add are two operations).
+    (a multiply and an add are two operations). `without` is the same work without its adapters, `shared_bytes` of the
+    bytes those of factors that their targets share.
     """
 
     name: str
@@ -22,6 +25,8 @@ class Work:
     operations: int = 0
     runs: int = 1
     seconds: list[float] = field(default_factory=list)
+    without: Work | None = None
+    shared_bytes: int = 0
 
     @property
     def median_seconds(self) -> float:
@@ -37,6 +42,21 @@ class Work:
         """The time that neither the memory nor the arithmetic allows to be beaten; an unknown peak (0) counts not."""
         compute = self.operations / operations_per_second if operations_per_second else 0.0
         return max(self.floor_bytes / bytes_per_second if bytes_per_second else 0.0, compute)
+
+    def predicted_seconds(self, peaks: Peaks) -> float | None:
+        """The time without adapters and, one after the other, what their bytes and operations take at the peaks.
+
+        Shared factors, which every layer reads again, take the time that was probed or, where none could be, that of
+        reading them once. None where there is nothing to predict or the memory's speed is not known.
+        """
+        if self.without is None or not peaks.bytes_per_second:
+            return None
+        own_bytes = self.floor_bytes - self.without.floor_bytes - self.shared_bytes
+        shared = peaks.shared_seconds if self.shared_bytes else 0.0
+        shared = shared or self.shared_bytes / peaks.bytes_per_second
+        operations = self.operations - self.without.operations
+        compute = operations / peaks.operations_per_second if peaks.operations_per_second else 0.0
+        return self.without.median_seconds + own_bytes / peaks.bytes_per_second + shared + compute
 
     def ratio_to(self, other: Work) -> tuple[float, float, float]:
         """This work's time over another's, round by round: min, median, max."""

@@ -126,15 +126,15 @@ def _bench_model(
         base = open_base(file, registry.architectures)
         lowered = _adapters(choices, file, base, registry, settings, cleanup)
         subject, length = loader.subject(base), base.program.context_length
-        ours = model_works(subject, lowered, settings.steps, prompt_lengths(length))
+        ours = model_works(subject, base.program, lowered, settings.steps, prompt_lengths(length))
         if loader.options.precision == "fast":
             with suppress(BackendError):  # a backend may offer `fast` alone
                 exact = loader.subject(base, "exact")
-                ours.append(exact.decode("decode 1 stream, exact", [()], 0, settings.steps))
+                ours.append(exact.decode("decode 1 stream, exact", [()], settings.steps))
         crowd = []
         if settings.streams:
             note(f"preparing {settings.streams} adapters of every kind …")
-            crowd = crowd_works(subject, base.specs, settings.streams, settings.steps, length)
+            crowd = crowd_works(subject, base, settings.streams, settings.steps)
         models = [name for name in peers if name != OF_PRODUCTS]
         theirs = {name: _peer(name, path, base, loader, settings.steps) for name in models}
         peaks = _measured([*ours, *crowd, *chain(*theirs.values())], settings.rounds, subject.executable)
@@ -219,7 +219,7 @@ def _first_token(path: str | Path, registry: Registry, loader: Loader) -> float:
     started = time.perf_counter()
     with loader.cleanup as cleanup:
         base = open_base(cleanup.enter_context(open_file(path)), registry.architectures)
-        loader.subject(base).decode("first token", [()], 0, 1).run()
+        loader.subject(base).decode("first token", [()], 1).run()
         return time.perf_counter() - started
 
 

@@ -14,7 +14,9 @@ enum { PROBE_BYTES = 1 << 29 }; /* far more than any cache */
 static int peaks(adrt_executable *e, adrt_peaks *out, adrt_error *error) {
   (void)error;
   int32_t threads = e->options.threads;
-  *out = (adrt_peaks){cpu_read_bandwidth(PROBE_BYTES, threads), cpu_int8_peak(threads), 0, 0, 0};
+  *out = (adrt_peaks){.bytes_per_second = cpu_read_bandwidth(PROBE_BYTES, threads),
+                      .operations_per_second = cpu_int8_peak(threads),
+                      .shared_seconds = cpu_shared_seconds(e)};
   return ADRT_OK;
 }
 

@@ -2,12 +2,11 @@
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "common.h"
 #include "peak.h"
 
-enum { LANES = 16, MAX_THREADS = 256 };
+enum { LANES = 16, MAX_THREADS = PEAK_THREADS };
 
 typedef struct {
   const uint64_t *words;
@@ -16,23 +15,21 @@ typedef struct {
   double started, finished; /* seconds */
 } slice;
 
-static double now(void) {
-  struct timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+uint64_t peak_read(const uint64_t *words, size_t count) {
+  uint64_t lane[LANES] = {0}, sum = 0;
+  for (size_t i = 0; i + LANES <= count; i += LANES) {
+    __builtin_prefetch(words + i + 512);
+    for (int j = 0; j < LANES; j++) lane[j] += words[i + j];
+  }
+  for (int j = 0; j < LANES; j++) sum += lane[j];
+  return sum;
 }
 
-/* Sums into independent lanes so that the loads, not the additions, are the limit. */
 static void *read_slice(void *argument) {
   slice *s = argument;
-  uint64_t lane[LANES] = {0};
-  s->started = now();
-  for (size_t i = 0; i + LANES <= s->count; i += LANES) {
-    __builtin_prefetch(s->words + i + 512);
-    for (int j = 0; j < LANES; j++) lane[j] += s->words[i + j];
-  }
-  for (int j = 0; j < LANES; j++) s->sum += lane[j];
-  s->finished = now();
+  s->started = peak_now();
+  s->sum = peak_read(s->words, s->count);
+  s->finished = peak_now();
   return NULL;
 }
 

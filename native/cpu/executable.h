@@ -29,8 +29,8 @@ typedef struct {
   int64_t bytes, used, users;
 } arena;
 
-/* An adapter's U, or its rotation, as panels [ceil(out/16)][rank][16], so that adding U h streams; made once for all
- * adapters whose tensor has the same data pointer. Quantized panels hold codes (kernels.h). */
+/* An adapter's U, its rotation, or a wide V, as panels [ceil(out/16)][rank][16], so that adding U h streams; made once
+ * for all adapters whose tensor has the same data pointer. Quantized panels hold codes (kernels.h). */
 typedef struct panels {
   struct panels *next;
   matrix source;
@@ -43,14 +43,15 @@ typedef struct panels {
   float *scales; /* int8, nf4: [ceil(out/64)][rank] */
 } panels;
 
-/* An adapter's V in huge pages; made once for all terms whose tensor has the same data pointer. */
+/* An adapter's V in huge pages; made once for all terms whose tensor has the same data pointer. A wide one is panels,
+ * and its `v` only says how large it is. */
 typedef struct projection {
   struct projection *next;
   const uint8_t *source;
   int32_t dtype; /* of the source */
   int64_t references;
   matrix v;
-  bool wide; /* int8, and read by shrink_wide */
+  panels *wide;
   arena *arena;
   int64_t newest; /* the last of plan.shrinks that reads it; may be of an earlier wave or step */
 } projection;
@@ -260,9 +261,7 @@ void cpu_release_memory(adrt_executable *e, arena *a);
 
 /* Is a low-rank term with U one whose factors are to be wide (wide.c)? */
 bool cpu_is_wide(const adrt_executable *e, const adrt_term *t, const attach_point *point);
-/* A float V as an int8 tensor, and a U as wide panels, zeroed before; false when a value is not finite or
- * memory is short. */
-bool cpu_pack_wide_rows(const matrix *m, uint8_t *out);
+/* A float factor as wide panels, zeroed before; false when a value is not finite or memory is short. */
 bool cpu_pack_wide_panels(const matrix *m, uint8_t *out);
 
 /* Make ready what a checked term needs; a failed one holds nothing. */
@@ -275,7 +274,7 @@ bool cpu_plan_parts(adrt_executable *e, instruction *first, instruction *end);
 bool cpu_plan_hidden(plan *p, int64_t count, int64_t each);
 
 /* The two halves of terms (terms.c). `y` is row row0 of the operation's output for the first token. */
-int64_t cpu_rows_per_job(const term *t);
+int64_t cpu_rows_per_job(const adrt_executable *e, const term *t);
 void cpu_shrink(const adrt_executable *e, const shrink_job *job, float *scratch);
 void cpu_add_parts(const adrt_executable *e, const instruction *in, int64_t row0, int64_t n_rows, float *y,
                    int64_t y_stride, float *scratch);

@@ -15,7 +15,7 @@ enum layout_of_x {
   X_WORDS,       /* 16-bit integers for int8 */
   X_WORDS_SPLIT, /* the same for nf4 */
   X_BYTES_SPLIT, /* 8-bit integers for nf4 */
-  X_WIDE,        /* 16-bit integers in order, then a scale for each 64 */
+  X_WIDE,        /* for wide terms: half as long, then two numbers for each 64 */
 };
 
 /* y[t * y_stride + r] = sum over columns of weight[row0 + r] * x[t * x_stride], r < n_rows, t < n_tokens.
@@ -42,9 +42,8 @@ typedef struct {
   expand_kernel *add_low_rank[N_DTYPES];
   /* The same results as exact's, for one token and rows that are in the cache; f32, f16, bf16, cols a multiple of 64. */
   product_kernel *shrink[3];
-  /* For wide terms, NULL where there is none: an int8 V times X_WIDE, for whole pairs of rows and of blocks; and y += U h
-   * of panels of [rank/64] blocks, a block [32][16][2] codes and [16] scales, panel_stride bytes apart, h X_WIDE. */
-  product_kernel *shrink_wide;
+  /* For wide terms, NULL where there is none: the same for panels of [rank/64] blocks, a block [16][16][4] int8 codes +
+   * WIDE_ZERO and [16] float32 scales, panel_stride bytes apart, and h as X_WIDE. */
   expand_kernel *add_wide;
   void (*quantize)(const float *x, int64_t n, enum layout_of_x layout, float *out); /* n a multiple of 64 */
   void (*split)(const float *x, int64_t n, float *out);                /* X_SPLIT; n a multiple of 32 */
@@ -54,7 +53,7 @@ typedef struct {
   void (*softmax)(float *scores, int64_t n, float scale, float cap); /* in place */
 } kernels;
 
-enum { WIDE_BLOCK_BYTES = BLOCK * PANEL + 4 * PANEL };
+enum { WIDE_BLOCK_BYTES = BLOCK * PANEL + 4 * PANEL, WIDE_ZERO = 128 };
 enum { SCALES_AT_ONCE = 1024 }; /* block scales that a product expands together, at least one row's */
 
 static inline int64_t blocks_of(const matrix *m) { return (m->cols + BLOCK - 1) / BLOCK; }

@@ -250,7 +250,6 @@ const kernels cpu_kernels_vnni = {
     .ready = ready,
     .fast = {[ADRT_INT8] = fast_int8, [ADRT_NF4] = fast_nf4},
     .bytes = {[ADRT_NF4] = bytes_nf4},
-    .shrink_wide = shrink_wide,
     .add_wide = add_wide,
     .quantize = quantize,
     COMMON_KERNELS,

@@ -3,41 +3,36 @@
 
 #include "executable.h"
 
-/* V as it is, or as int8, in memory of its own: it is in no cache when its turn comes, and small pages would cost reading
- * it a tenth. */
-static bool copy_v(adrt_executable *e, const adrt_tensor *in, projection *p) {
-  matrix m;
+/* V as panels when it is wide. Else as it is, in memory of its own: it is in no cache when its turn comes, and small pages
+ * would cost reading it a tenth. */
+static bool copy_v(adrt_executable *e, const adrt_tensor *in, bool wide, projection *p) {
   adrt_tensor copy = *in;
-  if (cpu_matrix(in, "adapter V of term", 0, &m, NULL) != ADRT_OK) return false;
-  if (p->wide) {
-    copy.dtype = ADRT_INT8;
-    copy.bytes = (uint64_t)(m.rows * (m.cols + blocks_of(&m) * (int64_t)sizeof(uint16_t)));
-  }
+  if (cpu_matrix(in, "adapter V of term", 0, &p->v, NULL) != ADRT_OK) return false;
+  if (wide) return (p->wide = cpu_share_panels(e, &p->v, true));
   uint8_t *memory = cpu_take_memory(e, (int64_t)copy.bytes, &p->arena);
   if (!memory) return false;
-  copy.data = memory;
-  if (!p->wide) memcpy(memory, in->data, copy.bytes);
-  if (p->wide && !cpu_pack_wide_rows(&m, memory)) return false;
+  copy.data = memcpy(memory, in->data, copy.bytes);
   return cpu_matrix(&copy, "adapter V of term", 0, &p->v, NULL) == ADRT_OK;
 }
 
 static void free_projection(adrt_executable *e, projection *p) {
   cpu_release_memory(e, p->arena);
+  cpu_release_panels(e, p->wide);
   cpu_free(p);
 }
 
 static projection *share_projection(adrt_executable *e, const adrt_tensor *in, bool wide) {
   for (projection *p = e->projections; p; p = p->next) {
     if (p->source == in->data && p->dtype == in->dtype && p->v.rows == in->rows && p->v.cols == in->cols &&
-        p->wide == wide) {
+        !p->wide == !wide) {
       p->references++;
       return p;
     }
   }
   projection *p = cpu_calloc(1, sizeof *p);
   if (!p) return NULL;
-  *p = (projection){.next = e->projections, .source = in->data, .dtype = in->dtype, .references = 1, .wide = wide};
-  if (!copy_v(e, in, p)) {
+  *p = (projection){.next = e->projections, .source = in->data, .dtype = in->dtype, .references = 1};
+  if (!copy_v(e, in, wide, p)) {
     free_projection(e, p);
     return NULL;
   }

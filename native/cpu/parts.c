@@ -100,11 +100,12 @@ static bool plan_instruction(plan *p, instruction *in, int64_t first_shrink) {
   return true;
 }
 
-static bool plan_jobs(plan *p, instruction *in) {
+static bool plan_jobs(adrt_executable *e, instruction *in) {
+  plan *p = &e->plan;
   in->first_job = p->n_jobs;
   for (int64_t i = in->first_shrink; i < in->first_shrink + in->n_shrinks; i++) {
     shrink *s = &p->shrinks[i];
-    int64_t rows = s->what->v.rows, at_once = cpu_rows_per_job(s->what);
+    int64_t rows = s->what->v.rows, at_once = cpu_rows_per_job(e, s->what);
     s->raw = p->n_hidden;
     if (s->what->projection && !cpu_plan_hidden(p, s->count, rows)) return false;
     if (!buffer_grow(&p->job_buffer, p->n_jobs + items_of(rows, at_once), sizeof *p->jobs)) return false;
@@ -122,6 +123,6 @@ bool cpu_plan_parts(adrt_executable *e, instruction *first, instruction *end) {
   for (instruction *in = first; in < end; in++)
     if (is_product(in->op.kind) && !plan_instruction(p, in, first_shrink)) return false;
   for (instruction *in = first; in < end; in++)
-    if (is_product(in->op.kind) && !plan_jobs(p, in)) return false;
+    if (is_product(in->op.kind) && !plan_jobs(e, in)) return false;
   return true;
 }

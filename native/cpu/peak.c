@@ -4,7 +4,7 @@
 #include <pthread.h>
 #include <time.h>
 
-enum { MAX_THREADS = 256, REPEATS = 3 };
+enum { MAX_THREADS = PEAK_THREADS, REPEATS = 3 };
 static const int64_t ROUNDS = 4000000; /* tens of milliseconds */
 
 static void *work(void *sink) {
@@ -12,7 +12,7 @@ static void *work(void *sink) {
   return NULL;
 }
 
-static double now(void) {
+double peak_now(void) {
   struct timespec t;
   clock_gettime(CLOCK_MONOTONIC, &t);
   return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
@@ -22,12 +22,12 @@ static double now(void) {
 static double once(int32_t threads) {
   pthread_t ids[MAX_THREADS];
   int32_t sinks[MAX_THREADS], started = 1;
-  double start = now();
+  double start = peak_now();
   while (started < threads && !pthread_create(&ids[started], NULL, work, &sinks[started])) started++;
   work(&sinks[0]);
   for (int32_t i = 1; i < started; i++) pthread_join(ids[i], NULL);
   if (started < threads) return 0;
-  return (double)ROUNDS * VNNI_OPERATIONS * threads / (now() - start);
+  return (double)ROUNDS * VNNI_OPERATIONS * threads / (peak_now() - start);
 }
 
 double cpu_int8_peak(int32_t threads) {

@@ -2,13 +2,26 @@
 #ifndef CPU_PEAK_H
 #define CPU_PEAK_H
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
+
+#include "adaptrt.h"
+
+enum { PEAK_THREADS = 256 }; /* at most */
 
 /* Bytes a second at which `threads` threads together read `bytes` of memory once; 0 when out of memory. */
 double cpu_read_bandwidth(uint64_t bytes, int32_t threads);
 /* Int8 operations a second (a multiply and an add are two) of `threads` threads, everything in registers; 0 when the
  * CPU has no int8 dot product that is probed. */
 double cpu_int8_peak(int32_t threads);
+
+/* Seconds in which the threads of an executable read the factors that targets of an attached adapter share, in the order
+ * of a step, between its weights; 0 when nothing is shared, or when out of memory. */
+double cpu_shared_seconds(const adrt_executable *e);
+
+double peak_now(void); /* seconds */
+/* Sums into independent lanes so that the loads, not the additions, are the limit. Reads whole 128 bytes. */
+uint64_t peak_read(const uint64_t *words, size_t count);
 
 /* The probe of an instruction set. */
 bool peak_vnni_ready(void);

@@ -6,6 +6,9 @@
 
 enum { TOKENS_SPLIT = 4 };
 
+/* Floats of n activations as X_WIDE. */
+static int64_t wide_floats(int64_t n) { return n / 2 + 2 * (n / BLOCK); }
+
 /* A term's result for a few tokens and rows, before e and before it is added. */
 typedef float part_of_y[TOKENS_AT_ONCE][BLOCK];
 
@@ -35,23 +38,28 @@ static void multiply(const adrt_executable *e, const matrix *m, int64_t row0, in
 }
 
 /* The same for a wide V. */
-static void multiply_wide(const adrt_executable *e, const matrix *m, int64_t row0, int64_t n_rows, const float *x,
+static void multiply_wide(const adrt_executable *e, const term *t, int64_t row0, int64_t n_rows, const float *x,
                           int64_t x_stride, int64_t n, float *y, int64_t y_stride, float *scratch) {
-  int64_t stride = m->cols / 2 + m->cols / BLOCK;
-  for (int64_t t = 0, count; t < n; t += count) {
-    count = n - t < TOKENS_AT_ONCE ? n - t : TOKENS_AT_ONCE;
-    for (int64_t i = 0; i < count; i++)
-      e->kernels->quantize(x + (t + i) * x_stride, m->cols, X_WIDE, scratch + i * stride);
-    e->kernels->shrink_wide(m, row0, n_rows, scratch, stride, count, y + t * y_stride, y_stride);
+  const panels *v = t->projection->wide;
+  int64_t cols = t->v.cols, stride = wide_floats(cols);
+  for (int64_t i = 0, count; i < n; i += count) {
+    count = n - i < TOKENS_AT_ONCE ? n - i : TOKENS_AT_ONCE;
+    for (int64_t j = 0; j < count; j++) {
+      e->kernels->quantize(x + (i + j) * x_stride, cols, X_WIDE, scratch + j * stride);
+      memset(y + (i + j) * y_stride, 0, (size_t)n_rows * sizeof *y);
+    }
+    e->kernels->add_wide(cpu_panel(v, row0), v->stride, cols, n_rows, scratch, stride, count, y + i * y_stride,
+                         y_stride);
   }
 }
 
 /* Block `row` / 64 of a token's h [rank] for a wide U. */
 static void store_wide(const adrt_executable *e, const float *block, int64_t row, int64_t rank, float *h) {
-  float codes[BLOCK / 2 + 1];
+  float codes[BLOCK / 2 + 2];
   e->kernels->quantize(block, BLOCK, X_WIDE, codes);
   memcpy(h + row / 2, codes, BLOCK / 2 * sizeof *h);
-  h[rank / 2 + row / BLOCK] = codes[BLOCK / 2];
+  memcpy(h + (rank / 2 + row / BLOCK), codes + BLOCK / 2, sizeof *h);
+  memcpy(h + (rank / 2 + rank / BLOCK + row / BLOCK), codes + BLOCK / 2 + 1, sizeof *h);
 }
 
 /* V x for the shrink's tokens, then scale * d * (V x) for the tokens of each part. */
@@ -59,17 +67,22 @@ static void shrink_rows(const adrt_executable *e, const shrink *s, const shrink_
   const matrix *v = &s->what->v;
   float *raw = e->plan.hidden + s->raw + job->row0;
   bool wide = s->what->projection->wide;
-  (wide ? multiply_wide : multiply)(e, v, job->row0, job->n_rows, row_of(e, s->input, s->start), e->strides[s->input],
-                                    s->count, raw, v->rows, scratch);
+  const float *x = row_of(e, s->input, s->start);
+  int64_t x_stride = e->strides[s->input];
+  if (wide)
+    multiply_wide(e, s->what, job->row0, job->n_rows, x, x_stride, s->count, raw, v->rows, scratch);
+  else
+    multiply(e, v, job->row0, job->n_rows, x, x_stride, s->count, raw, v->rows, scratch);
   for (int64_t i = s->first_part; i >= 0; i = e->plan.parts[i].next) {
     const part *p = &e->plan.parts[i];
     const float *mine = raw + (p->start - s->start) * v->rows, *d = p->what->d ? p->what->d + job->row0 : NULL;
-    float *hidden = e->plan.hidden + p->hidden, block[BLOCK];
+    float *hidden = e->plan.hidden + p->hidden;
     for (int64_t t = 0; t < p->count; t++) {
-      float *out = wide ? block : hidden + t * v->rows + job->row0;
+      float *out = wide ? scratch : hidden + t * v->rows + job->row0;
       for (int64_t r = 0; r < job->n_rows; r++)
         out[r] = mine[t * v->rows + r] * (d ? p->what->scale * d[r] : p->what->scale);
-      if (wide) store_wide(e, block, job->row0, v->rows, hidden + t * v->rows);
+      for (int64_t r = 0; wide && r < job->n_rows; r += BLOCK)
+        store_wide(e, scratch + r, job->row0 + r, v->rows, hidden + t * v->rows);
     }
   }
 }
@@ -91,10 +104,10 @@ static void multiply_segments(const adrt_executable *e, const term *t, const shr
   }
 }
 
-/* A panel for W2, whose result is one; a block of a wide V; a few rows of another, twice as many of nf4, for which x is
- * reordered. */
-int64_t cpu_rows_per_job(const term *t) {
-  if (t->projection && t->projection->wide) return BLOCK;
+/* A panel for W2, whose result is one; blocks of a wide V, one job for each thread, as each makes integers of all of x;
+ * a few rows of another V, twice as many of nf4, for which x is reordered. */
+int64_t cpu_rows_per_job(const adrt_executable *e, const term *t) {
+  if (t->projection && t->projection->wide) return cpu_align(items_of(t->v.rows, e->options.threads), BLOCK);
   return t->kind == ADRT_KRONECKER ? PANEL : t->v.dtype == ADRT_NF4 ? 8 : 4;
 }
 
@@ -136,7 +149,7 @@ static void expand(const adrt_executable *e, const panels *u, const float *hidde
 static void expand_times(const adrt_executable *e, const part **at, int64_t *done, const float *hidden, int64_t count,
                          int64_t row0, int64_t n_rows, float *y, int64_t y_stride, float *scratch) {
   part_of_y p;
-  memset(p, 0, (size_t)count * sizeof *p);
+  for (int64_t t = 0; t < count; t++) memset(p[t], 0, (size_t)n_rows * sizeof *p[t]);
   expand(e, (*at)->what->u, hidden, count, row0, n_rows, p[0], BLOCK, scratch);
   for (int64_t t = 0; t < count; t++, ++*done) {
     if (*done == (*at)->count) {
@@ -246,15 +259,20 @@ void cpu_add_parts(const adrt_executable *e, const instruction *in, int64_t row0
   }
 }
 
-static void prefetch(const uint8_t *data, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(data + i, 0, 2);
+static void prefetch(const void *data, int64_t bytes) {
+  const uint8_t *first = data, *last = first + bytes - 1; /* a vector need not start with a line */
+  for (; first < last; first += 64) __builtin_prefetch(first, 0, 2);
+  __builtin_prefetch(last, 0, 2);
 }
 
 void cpu_fetch_parts(const adrt_executable *e, const instruction *in, int64_t row0, int64_t n_rows) {
   const part *p = e->plan.parts + in->first_part, *end = p + in->n_parts;
-  for (; p < end; p += p->together) {
-    const panels *u = p->what ? p->what->u : NULL;
+  for (const part *first = p; p < end; p++) { /* `first` of those that read one U */
+    const panels *u = p == first && p->what ? p->what->u : NULL;
+    const float *vector = p->what ? p->what->e : p->gain;
     if (u && !u->wide) prefetch(cpu_panel(u, row0), cpu_bytes_of(u->dtype, items_of(n_rows, PANEL) * u->stride));
+    if (vector) prefetch(vector + row0, n_rows * (int64_t)sizeof *vector);
+    if (p == first) first += p->together;
   }
 }
 

@@ -1,103 +1,82 @@
-/* The two products of a wide low-rank term (wide.c) for AVX-512 with VNNI; included by kernels_vnni.c. Integers are summed
- * exactly over blocks of 64, then scaled, block after block, for one token as for many. */
+/* The product of a wide low-rank term's factor (wide.c) for AVX-512 with VNNI; included by kernels_vnni.c.
+ *
+ * Activations are integers of 15 bits in two bytes, high and low, so that the codes need no widening: they are bytes
+ * from memory to vpdpbusd. Integers are summed exactly over blocks of 64, then scaled, block after block, for one token
+ * as for many. */
 #ifndef CPU_WIDE_VNNI_H
 #define CPU_WIDE_VNNI_H
 
-enum { WIDE_TOKENS = 4, WIDE_RANGE = 32767 };
+enum { WIDE_TOKENS = 4, LOW_BITS = 7, WIDE_RANGE = (127 << LOW_BITS) + 63 };
 
-/* Words in order, then a scale for each block: X_WIDE. */
+/* X_WIDE: of each block the high bytes, then the low ones, both with a sign; a scale for each block; what a block's sum
+ * starts from, since the codes have no sign. */
 static void quantize_wide(const float *x, int64_t n, float *out) {
-  int16_t *words = (int16_t *)(void *)out;
-  for (int64_t b = 0; b < n / BLOCK; b++, words += BLOCK) {
-    __m512i code[4];
-    out[n / 2 + b] = quantize_block(x + b * BLOCK, WIDE_RANGE, code);
-    for (int i = 0; i < 4; i++)
-      _mm256_storeu_si256((__m256i *)(void *)(words + 16 * i), _mm512_cvtepi32_epi16(code[i]));
-  }
-}
-
-INLINE __m512i widen(const uint8_t *codes) {
-  return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(const void *)codes));
-}
-
-/* Two rows of V for some tokens. */
-INLINE void shrink_wide_tile(const matrix *m, int64_t row, int tokens, const float *x, int64_t x_stride, float *y,
-                             int64_t y_stride) {
-  int64_t blocks = m->cols / BLOCK, stride = m->cols + m->skipped;
-  float scale[2][WIDE_TOKENS][SCALES_AT_ONCE];
-  __m512 acc[2][WIDE_TOKENS];
-  for (int r = 0; r < 2; r++) {
-    float weight[SCALES_AT_ONCE];
-    expand_int8_scales(m->scales + (row + r) * (stride / BLOCK), blocks, weight);
-    for (int t = 0; t < tokens; t++) {
-      const float *mine = x + t * x_stride + m->cols / 2;
-      for (int64_t b = 0; b < blocks; b++) scale[r][t][b] = weight[b] * mine[b];
-      acc[r][t] = _mm512_setzero_ps();
+  int8_t *bytes = (int8_t *)(void *)out;
+  float *scales = out + n / 2;
+  int32_t *starts = (int32_t *)(void *)(scales + n / BLOCK);
+  for (int64_t b = 0; b < n / BLOCK; b++, bytes += 2 * BLOCK) {
+    __m512i code[4], sum = _mm512_setzero_si512();
+    scales[b] = quantize_block(x + b * BLOCK, WIDE_RANGE, code);
+    for (int i = 0; i < 4; i++) {
+      __m512i high = _mm512_srai_epi32(_mm512_add_epi32(code[i], _mm512_set1_epi32(1 << (LOW_BITS - 1))), LOW_BITS);
+      __m512i low = _mm512_sub_epi32(code[i], _mm512_slli_epi32(high, LOW_BITS));
+      _mm_storeu_si128((__m128i *)(void *)(bytes + 16 * i), _mm512_cvtepi32_epi8(high));
+      _mm_storeu_si128((__m128i *)(void *)(bytes + BLOCK + 16 * i), _mm512_cvtepi32_epi8(low));
+      sum = _mm512_add_epi32(sum, code[i]);
     }
-  }
-  for (int64_t b = 0; b < blocks; b++) {
-#pragma GCC unroll 2
-    for (int r = 0; r < 2; r++) {
-      const uint8_t *codes = m->data + (row + r) * stride + b * BLOCK;
-      __m512i low = widen(codes), high = widen(codes + BLOCK / 2);
-#pragma GCC unroll 4
-      for (int t = 0; t < tokens; t++) {
-        const float *words = x + t * x_stride + b * BLOCK / 2;
-        __m512i sum = _mm512_setzero_si512();
-        add_products(NF4_WORDS, &sum, low, _mm512_loadu_si512(words));
-        add_products(NF4_WORDS, &sum, high, _mm512_loadu_si512(words + BLOCK / 4));
-        acc[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(scale[r][t][b]), acc[r][t]);
-      }
-    }
-  }
-  for (int r = 0; r < 2; r++)
-    for (int t = 0; t < tokens; t++) y[t * y_stride + r] = _mm512_reduce_add_ps(acc[r][t]);
-}
-
-static void shrink_wide(const matrix *m, int64_t row0, int64_t n_rows, const float *x, int64_t x_stride,
-                        int64_t n_tokens, float *y, int64_t y_stride) {
-  for (int64_t r = 0; r < n_rows; r += 2) {
-    int64_t t = 0;
-    for (; t + WIDE_TOKENS <= n_tokens; t += WIDE_TOKENS)
-      shrink_wide_tile(m, row0 + r, WIDE_TOKENS, x + t * x_stride, x_stride, y + t * y_stride + r, y_stride);
-    for (; t < n_tokens; t++)
-      shrink_wide_tile(m, row0 + r, 1, x + t * x_stride, x_stride, y + t * y_stride + r, y_stride);
+    starts[b] = -WIDE_ZERO * _mm512_reduce_add_epi32(sum);
   }
 }
 
-/* Two panels, `step` bytes apart, for some tokens; of one token in several sums, so that none waits for itself. */
-INLINE void add_wide_tile(int panels, int tokens, const uint8_t *panel, int64_t step, int64_t rank, const float *h,
-                          int64_t h_stride, float *y, int64_t y_stride) {
-  const int split = tokens == 1 ? 4 : 1;
+INLINE __m512i four_bytes(const int8_t *x) {
+  int32_t one;
+  memcpy(&one, x, 4);
+  __m512i all = _mm512_set1_epi32(one);
+  keep_in_register(&all);
+  return all;
+}
+
+/* Some panels, `step` bytes apart, for some tokens. */
+INLINE void add_wide_tile(int panels, int tokens, const uint8_t *panel, int64_t step, int64_t cols, const float *x,
+                          int64_t x_stride, float *y, int64_t y_stride) {
   __m512 acc[WIDE_TOKENS][2];
 #pragma GCC unroll 4
   for (int t = 0; t < tokens; t++) acc[t][0] = acc[t][1] = _mm512_setzero_ps();
-  for (int64_t b = 0; b < rank / BLOCK; b++, panel += WIDE_BLOCK_BYTES) {
-    __m512i sum[WIDE_TOKENS][2][4];
+  for (int64_t b = 0; b < cols / BLOCK; b++, panel += WIDE_BLOCK_BYTES) {
+    const float *scales = x + cols / 2 + b;
+    const int32_t *starts = (const int32_t *)(const void *)(scales + cols / BLOCK);
+    __m512i high[WIDE_TOKENS][2], low[WIDE_TOKENS][2];
 #pragma GCC unroll 4
-    for (int t = 0; t < tokens; t++)
-#pragma GCC unroll 4
-      for (int i = 0; i < split; i++) sum[t][0][i] = sum[t][1][i] = _mm512_setzero_si512();
-#pragma GCC unroll 8
-    for (int k = 0; k < BLOCK / 2; k++) {
+    for (int t = 0; t < tokens; t++) {
+      high[t][0] = high[t][1] = _mm512_setzero_si512();
+      low[t][0] = low[t][1] = _mm512_set1_epi32(starts[t * x_stride]);
+    }
+#pragma GCC unroll 16
+    for (int k = 0; k < BLOCK / 4; k++) {
+      __m512i codes[2];
 #pragma GCC unroll 2
       for (int p = 0; p < panels; p++) {
-        __m512i codes = widen(panel + p * step + k * 2 * PANEL);
+        codes[p] = _mm512_loadu_si512(panel + p * step + k * 4 * PANEL);
+        keep_in_register(&codes[p]);
+      }
 #pragma GCC unroll 4
-        for (int t = 0; t < tokens; t++)
-          add_products_of_one(NF4_WORDS, &sum[t][p][k % split], codes,
-                              (const uint8_t *)(h + t * h_stride + b * BLOCK / 2 + k));
+      for (int t = 0; t < tokens; t++) {
+        const int8_t *bytes = (const int8_t *)(x + t * x_stride) + b * 2 * BLOCK + 4 * k;
+        __m512i x_high = four_bytes(bytes), x_low = four_bytes(bytes + BLOCK);
+#pragma GCC unroll 2
+        for (int p = 0; p < panels; p++) {
+          add_products(NF4_BYTES, &high[t][p], codes[p], x_high);
+          add_products(NF4_BYTES, &low[t][p], codes[p], x_low);
+        }
       }
     }
 #pragma GCC unroll 2
     for (int p = 0; p < panels; p++) {
-      __m512 scales = _mm512_loadu_ps(panel + p * step + BLOCK * PANEL);
+      __m512 weight_scales = _mm512_loadu_ps(panel + p * step + BLOCK * PANEL);
 #pragma GCC unroll 4
       for (int t = 0; t < tokens; t++) {
-#pragma GCC unroll 4
-        for (int i = 1; i < split; i++) sum[t][p][0] = _mm512_add_epi32(sum[t][p][0], sum[t][p][i]);
-        __m512 scale = _mm512_mul_ps(scales, _mm512_set1_ps(h[t * h_stride + rank / 2 + b]));
-        acc[t][p] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[t][p][0]), scale, acc[t][p]);
+        __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(high[t][p], LOW_BITS), low[t][p]);
+        acc[t][p] = add_scaled(sum, weight_scales, scales[t * x_stride], acc[t][p]);
       }
     }
   }
@@ -111,29 +90,29 @@ INLINE void add_wide_tile(int panels, int tokens, const uint8_t *panel, int64_t 
 }
 
 /* The last panel when only `n_rows` of its rows exist in y. */
-INLINE void add_wide_partial(const uint8_t *panel, int64_t rank, int64_t n_rows, const float *h, float *y) {
+INLINE void add_wide_partial(const uint8_t *panel, int64_t cols, int64_t n_rows, const float *x, float *y) {
   float whole[PANEL] = {0};
   memcpy(whole, y, (size_t)n_rows * sizeof *y);
-  add_wide_tile(1, 1, panel, 0, rank, h, 0, whole, PANEL);
+  add_wide_tile(1, 1, panel, 0, cols, x, 0, whole, PANEL);
   memcpy(y, whole, (size_t)n_rows * sizeof *y);
 }
 
-static void add_wide(const void *panels, int64_t panel_stride, int64_t rank, int64_t n_rows, const float *h,
-                     int64_t h_stride, int64_t n_tokens, float *y, int64_t y_stride) {
+static void add_wide(const void *panels, int64_t panel_stride, int64_t cols, int64_t n_rows, const float *x,
+                     int64_t x_stride, int64_t n_tokens, float *y, int64_t y_stride) {
   const uint8_t *panel = panels;
   for (int together; n_rows >= PANEL; n_rows -= together * PANEL, y += together * PANEL) {
     int64_t t = 0;
     together = n_rows >= 2 * PANEL ? 2 : 1;
     for (; t + WIDE_TOKENS <= n_tokens && together == 2; t += WIDE_TOKENS)
-      add_wide_tile(2, WIDE_TOKENS, panel, panel_stride, rank, h + t * h_stride, h_stride, y + t * y_stride, y_stride);
+      add_wide_tile(2, WIDE_TOKENS, panel, panel_stride, cols, x + t * x_stride, x_stride, y + t * y_stride, y_stride);
     for (; t < n_tokens && together == 2; t++)
-      add_wide_tile(2, 1, panel, panel_stride, rank, h + t * h_stride, h_stride, y + t * y_stride, y_stride);
+      add_wide_tile(2, 1, panel, panel_stride, cols, x + t * x_stride, x_stride, y + t * y_stride, y_stride);
     for (; t < n_tokens; t++)
-      add_wide_tile(1, 1, panel, panel_stride, rank, h + t * h_stride, h_stride, y + t * y_stride, y_stride);
+      add_wide_tile(1, 1, panel, panel_stride, cols, x + t * x_stride, x_stride, y + t * y_stride, y_stride);
     panel += together * panel_stride;
   }
   for (int64_t t = 0; n_rows && t < n_tokens; t++)
-    add_wide_partial(panel, rank, n_rows, h + t * h_stride, y + t * y_stride);
+    add_wide_partial(panel, cols, n_rows, x + t * x_stride, y + t * y_stride);
 }
 
 #endif

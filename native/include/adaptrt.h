@@ -166,6 +166,7 @@ typedef struct {
   uint64_t device_bytes;        /* in use of the device's own memory */
   double bus_bytes_per_second;  /* from pinned memory of the host to the device */
   uint64_t streamed_bytes;      /* of weights that come that way in every step */
+  double shared_seconds; /* of a step, only to read what targets of an attached adapter share, between the weights */
 } adrt_peaks;
 
 typedef struct {
