@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.cuda import needs_gpu
 from numpy.typing import NDArray
 
 from adaptrt.backends.base import LoadOptions
@@ -20,8 +21,6 @@ from adaptrt.backends.cuda import CudaBackend
 from adaptrt.errors import BackendError
 from adaptrt.testing.programs import Model, Run, Sizes, adapter, batch, decoder
 
-UNAVAILABLE = CudaBackend().unavailable()
-needs_gpu = pytest.mark.skipif(UNAVAILABLE is not None, reason=f"needs a GPU: {UNAVAILABLE}")
 MIB = 1 << 20
 HERE = Path(__file__).parent
 OPTIONS = LoadOptions(page_tokens=16)
