@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from adaptrt.errors import AdaptrtError
 
+TYPE_CHECKING = (
+    False  # as type checkers take it; importing it from typing would take most of this module's time
+)
 if TYPE_CHECKING:
     from adaptrt.api import Chunk, Model, Request, Sampling, load
 

@@ -1,5 +1,16 @@
-"""`python -m adaptrt` is the command line."""
+"""The command `adaptrt` and `python -m adaptrt`: the command line, quiet under Ctrl-C from the first import on."""
 
-from adaptrt.cli import main
+import sys
 
-main()
+
+def main() -> None:
+    """Run the command line and exit."""
+    try:
+        from adaptrt.cli import main as run
+    except KeyboardInterrupt:
+        sys.exit(130)
+    run()
+
+
+if __name__ == "__main__":
+    main()

@@ -49,6 +49,14 @@ CASES: dict[str, dict[str, Any]] = {
     "dare_ties_svd": {"density": 0.5},
 }
 
+UNUSED: list[tuple[str, str, Any]] = [
+    ("cat", "svd_rank", 4),
+    ("svd", "density", 0.5),
+    ("linear", "density", 0.5),
+    ("linear", "seed", 3),
+    ("svd", "majority_sign_method", "frequency"),
+]
+
 
 @dataclass
 class World:
@@ -163,6 +171,35 @@ def test_what_does_not_combine_is_refused_by_name(world: World, model: adaptrt.M
         ),
         (["a0", "a1"], [1, 1], {"combination_type": "ties"}, "density is None, expected a number above 0"),
         (["a0", "a1"], [1, 1], {"svd_rank": 0}, "svd_rank is 0, expected a whole number above 0"),
+        (["a0", "a1"], [1, 1], {"svd_rank": 9}, "svd_rank is 9, expected at most 8: no combined target"),
+        (
+            ["a0", "a1"],
+            [1, 1],
+            {"combination_type": "ties_svd", "density": 0.5, "svd_rank": 257},
+            "svd_rank is 257, expected at most 256",
+        ),
+        (["a0", "a1"], [1, 1], {"seed": -1}, "seed is -1, expected a whole number, 0 or more"),
+        (
+            ["a0"],
+            [1],
+            {"svd_rank": 2},
+            "found one adapter with combination_type 'svd', svd_rank 2, expected several",
+        ),
+        (
+            ["a0"],
+            [1],
+            {"combination_type": "ties", "density": 0.5},
+            "found one adapter with combination_type 'ties'",
+        ),
+        *(
+            (
+                ["a0", "a1"],
+                [1, 1],
+                {"combination_type": kind, name: value},
+                f"{name} is {value!r}, which has no effect",
+            )
+            for kind, name, value in UNUSED
+        ),
     ]
     for names, weights, options, expected in cases:
         with pytest.raises(AdaptrtError, match=re.escape(expected)):

@@ -92,6 +92,12 @@ def test_version() -> None:
             ["run", "m.adrt", "--gpu-memory", "6X"],
             "Invalid value for '--gpu-memory': '6X', expected a size like 6GiB, 6G, 800M or 6GB",
         ),
+        (["plugins", "--json", "new", "x"], "--json does not go with new"),
+        (["bench", "-a", "x", "--rank", "4"], "--rank: no effect beside -a"),
+        (
+            ["bench", "--peer", "bnb", "--steps", "4", "-a", "x"],
+            "--adapter, --steps: no effect beside --peer bnb alone",
+        ),
         (["eval", "m.adrt"], "Missing option '--text' (see 'adaptrt eval --help')"),
         (["adapter", "sing"], "No such command 'sing' (see 'adaptrt adapter --help')"),
     ],

@@ -380,6 +380,15 @@ def test_ctrl_c_ends_a_run_with_130_and_keeps_the_text() -> None:
         assert b"Traceback" not in process.stderr.read()
 
 
+def test_ctrl_c_while_the_command_line_is_imported_ends_with_130(tmp_path: Path) -> None:
+    (tmp_path / "click.py").write_text("raise KeyboardInterrupt")  # as if the signal came right then
+    for start in (["-m", "adaptrt"], ["-c", "from adaptrt.__main__ import main; main()"]):
+        done = subprocess.run(
+            [sys.executable, *start], env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
 def test_process_as_a_user_runs_it(tiny: Tiny) -> None:
     outcome = adaptrt_process("run", tiny.model, "-n", 4, *GREEDY, stdin="Once")
     assert outcome.out == adaptrt_cli("run", tiny.model, "-n", 4, *GREEDY, stdin="Once").out

@@ -11,8 +11,9 @@ Sources: TIES (Yadav et al., arXiv:2306.01708), DARE (Yu et al., arXiv:2311.0309
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -32,6 +33,8 @@ Combination = Literal[
 ]  # fmt: skip
 SignMethod = Literal["total", "frequency"]
 Floats = NDArray[np.float32]
+
+Part = tuple[Target, Adapter, float]  # one adapter's part in a target, with the user's weight
 
 FAMILY = ("lora", "rslora")  # what s·B·A is all of
 
@@ -70,8 +73,24 @@ class Recipe:
                 raise AdapterError(f"{name} is {value!r}, expected one of {', '.join(known)}")
         if self.svd_rank is not None and (type(self.svd_rank) is not int or self.svd_rank < 1):
             raise AdapterError(f"svd_rank is {self.svd_rank!r}, expected a whole number above 0")
+        if type(self.seed) is not int or self.seed < 0:
+            raise AdapterError(f"seed is {self.seed!r}, expected a whole number, 0 or more")
         if self.thins and not (isinstance(self.density, int | float) and 0 < self.density <= 1):
             raise AdapterError(f"density is {self.density!r}, expected a number above 0, at most 1")
+        self._check_used()
+
+    def _check_used(self) -> None:
+        """Refuse what the type of combination would ignore. PEFT ignores it."""
+        kind = self.combination_type
+        for name, acts in (
+            ("svd_rank", kind.endswith("svd")),
+            ("density", self.thins),
+            ("majority_sign_method", "ties" in kind),
+            ("seed", kind.startswith("dare")),
+        ):
+            value = getattr(self, name)
+            if not acts and value != getattr(Recipe, name):
+                raise AdapterError(f"{name} is {value!r}, which has no effect on combination_type {kind!r}")
 
     @property
     def thins(self) -> bool:
@@ -92,22 +111,22 @@ def combine(
     too: PEFT divides by √r what it never multiplied.
     """
     _check(adapters, weights)
-    if len(adapters) == 1:  # PEFT's rule
-        recipe = Recipe("linear")
-    names = list(dict.fromkeys(target.target for adapter in adapters for target in adapter.targets))
+    if len(adapters) == 1:
+        recipe = _for_one(recipe)
+    together: dict[str, list[Part]] = {}
+    for adapter, weight in zip(adapters, weights, strict=True):
+        for target in adapter.targets:
+            together.setdefault(target.target, []).append((target, adapter, weight))
+    _check_rank(recipe, together.values())
     generator = np.random.default_rng(recipe.seed)
     targets: list[Target] = []
     tensors: dict[str, Tensor] = {}
-    for done, target in enumerate(names, start=1):
-        parts = [
-            (t, adapter, w) for adapter, w in zip(adapters, weights, strict=True) for t in adapter.targets
-        ]
-        parts = [part for part in parts if part[0].target == target]
-        b, a = _combined(target, [_factors(*part) for part in parts], recipe, generator)
+    for done, (name_of_target, parts) in enumerate(together.items(), start=1):
+        b, a = _combined(name_of_target, [_factors(*part) for part in parts], recipe, generator)
         roles = parts[0][0].tensors
         tensors |= {roles["A"]: Tensor.from_numpy(a), roles["B"]: Tensor.from_numpy(b)}
-        targets.append(Target(target, {"rank": len(a), "scale": 1.0}, roles))
-        progress(done, len(names))
+        targets.append(Target(name_of_target, {"rank": len(a), "scale": 1.0}, roles))
+        progress(done, len(together))
     return Adapter(
         name, "lora", tuple(targets), tensors, _config(adapters, targets, recipe), adapters[0].base
     )
@@ -132,6 +151,31 @@ def _check(adapters: Sequence[Adapter], weights: Sequence[float]) -> None:
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not np.isfinite(weight):
             problems.add(f"weight {weight!r}, expected a finite number")
     problems.raise_for("cannot combine")
+
+
+def _for_one(recipe: Recipe) -> Recipe:
+    """PEFT's rule: one adapter alone is only scaled."""
+    if recipe.thins or recipe.svd_rank is not None:
+        given = f"combination_type {recipe.combination_type!r}, svd_rank {recipe.svd_rank}"
+        raise AdapterError(f"found one adapter with {given}, expected several: one alone is only scaled")
+    return Recipe("linear")
+
+
+def _check_rank(recipe: Recipe, together: Iterable[Sequence[Part]]) -> None:
+    """A target of lower rank than asked for loses nothing; when all are, what was asked for was a mistake."""
+    largest = max(_largest_rank(parts, recipe) for parts in together)
+    if recipe.svd_rank is not None and recipe.svd_rank > largest:
+        raise AdapterError(
+            f"svd_rank is {recipe.svd_rank}, expected at most {largest}: no combined target can have a higher rank"
+        )
+
+
+def _largest_rank(parts: Sequence[Part], recipe: Recipe) -> int:
+    """Of the sum of products; thinned ones can fill the whole matrix."""
+    ranks = [int(target.params["rank"]) for target, *_ in parts]
+    target, adapter, _ = parts[0]
+    sides = [prod(adapter.tensors[target.tensors[role]].shape) // ranks[0] for role in ("B", "A")]
+    return min(sides) if recipe.thins else min(*sides, sum(ranks))
 
 
 def _factors(target: Target, adapter: Adapter, weight: float) -> Factors:

@@ -106,7 +106,8 @@ def combine_command(
     """Make one LoRA of several LoRAs and rsLoRAs: .adrt files, PEFT folders or names inside BASE."""
     source, choices = model_path(base), [parse_adapter(text) for text in adapters]
     check_new(out, [source, *(Path(choice.source) for choice in choices)], force)
-    check_name(name or out.stem)
+    name = out.stem if name is None else name
+    check_name(name)
     registry = load_registry()
     with ExitStack() as cleanup:
         file = cleanup.enter_context(open_file(source))
@@ -116,7 +117,7 @@ def combine_command(
         with Progress(f"combining into {out}") as progress:
             for one in found:
                 check_lowers(one, registry.variants, view)
-            adapter = combine(found, weights, name or out.stem, recipe, progress)
+            adapter = combine(found, weights, name, recipe, progress)
             check_lowers(adapter, registry.variants, view)
             write_adapter_file(out, replace(adapter, base=view.record()))
     note(f"wrote {out}, {size_text(out.stat().st_size)}")

@@ -7,6 +7,7 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Collection
 from contextlib import ExitStack, suppress
 from dataclasses import astuple, dataclass
 from importlib import import_module
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from adaptrt.adapters.base import BaseView, open_base
 from adaptrt.adapters.normal import LoweredAdapter
@@ -39,6 +41,8 @@ from adaptrt.plugins import Registry, load_registry
 
 PEERS = {"llama.cpp": "llama_cpp", "peft": "peft", "bnb": "bnb"}  # → file in adaptrt/bench/peers
 OF_PRODUCTS = "bnb"  # the peer that does single products, not models
+OF_RANDOM_ADAPTERS = ("variant", "rank")  # options
+OF_MODELS = ("adapters", *OF_RANDOM_ADAPTERS, "steps", "streams")
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,10 @@ def command(
     """
     if model and (shape or peers):
         raise click.UsageError("--shape and --peer go without MODEL")
+    if adapters:
+        _refuse(OF_RANDOM_ADAPTERS, "-a")
+    if set(peers) == {OF_PRODUCTS}:
+        _refuse(OF_MODELS, f"--peer {OF_PRODUCTS} alone")
     settings, registry = Settings(**settings_by_name), load_registry()
     shape = shape or "tinyllama"
     threads = loading.threads or available_cores()
@@ -109,6 +117,15 @@ def command(
     if OF_PRODUCTS in peers:
         report |= _bench_products(shape, loader, settings)
     click.echo(json.dumps(report) if as_json else "\n".join(lines(report)))
+
+
+def _refuse(names: Collection[str], beside: str) -> None:
+    """Raise UsageError if an option of these is given."""
+    ctx = click.get_current_context()
+    given = [name for name in names if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if given:
+        options = [parameter.opts[-1] for parameter in ctx.command.params if parameter.name in given]
+        raise click.UsageError(f"{', '.join(options)}: no effect beside {beside}")
 
 
 def _bench_model(

@@ -31,6 +31,8 @@ def command(ctx: click.Context, as_json: bool) -> None:
     if ctx.invoked_subcommand is None:
         registry = load_registry()
         click.echo(_json(registry) if as_json else _text(registry))
+    elif as_json:
+        raise click.UsageError(f"--json does not go with {ctx.invoked_subcommand}")
 
 
 @command.command()

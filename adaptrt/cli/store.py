@@ -44,7 +44,7 @@ def store_adapter(
     with open_file(source) as file:
         found = only_adapter(file)
         check_base(read_adapter(file, PREFIX + found), base)
-        stored = name or found
+        stored = found if name is None else name
         check_name(stored)
         writer.copy_section(file, PREFIX + found, PREFIX + stored)
     return stored

@@ -105,7 +105,9 @@ def _metadata(
     metadata = architecture.metadata(config)
     metadata["general.type"] = "model"
     origin = config.get("_name_or_path")
-    name = options.name or (re.split(r"[/\\]", origin.rstrip("/\\"))[-1] if isinstance(origin, str) else "")
+    name = options.name
+    if name is None and isinstance(origin, str):
+        name = re.split(r"[/\\]", origin.rstrip("/\\"))[-1]
     return metadata | ({"general.name": name} if name else {})
 
 

@@ -141,7 +141,7 @@ def import_peft(
             _take_targets(config, variant, content, problems)
         tensors = {key: content.load(key) for target in content.targets() for key in target.tensors.values()}
     adapter = Adapter(
-        name=name or folder.resolve().name,
+        name=folder.resolve().name if name is None else name,
         variant=variant.name,
         targets=tuple(content.targets()),
         tensors=tensors,
