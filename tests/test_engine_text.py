@@ -11,6 +11,7 @@ from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from adaptrt.engine import template as renderer
 from adaptrt.engine.chat import render
 from adaptrt.engine.text import REPLACEMENT, Detokenizer, StopMatcher, Tokenizer
 from adaptrt.errors import ModelError, RequestError
@@ -181,8 +182,43 @@ def test_chat_template_matches_transformers(tmp_path: object) -> None:
         "{% if %}",
         "{{ 1 / 0 }}",
         "{{ '{0.x} {1}'.format(5) }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     ],
 )
 def test_hostile_chat_templates_are_one_error(template: str) -> None:
     with pytest.raises(ModelError, match="chat template"):
         render(template, [{"role": "user", "content": "x"}], {})
+
+
+@pytest.mark.parametrize(
+    ("template", "limit"),
+    [
+        ("{{ 'x'.ljust(10**10) }}", "needs more than 512 MiB"),
+        (
+            "{% set n = namespace(x='x') %}{% for i in range(40) %}{% set n.x = n.x + n.x %}{% endfor %}",
+            "needs more",
+        ),
+        ("{{ 'x' * 17000000 }}", "made 17000000 characters, expected at most 16777216"),
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "did not finish in 1 s",
+        ),
+    ],
+)
+def test_a_chat_template_has_limits(template: str, limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(renderer, "SECONDS", 1 if "finish" in limit else 60)
+    with pytest.raises(ModelError, match=f"chat template: {limit}"):
+        render(template, [], {})
+
+
+def test_a_chat_template_that_cannot_be_run_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RequestError, match=r"messages: found \['x'\], expected a list of"):
+        render("", ["x"], {})  # type: ignore[list-item]
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    with pytest.raises(ModelError, match=r"^chat template: ended with code 1$"):
+        render("", [], {})
+    monkeypatch.setattr("sys.executable", "/nowhere")
+    with pytest.raises(
+        ModelError, match=r"^chat template: cannot start /nowhere: No such file or directory$"
+    ):
+        render("", [], {})

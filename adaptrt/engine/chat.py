@@ -1,66 +1,48 @@
-"""Chat templates: a model's own jinja2 template, run in a sandbox as transformers runs it."""
+"""Chat templates: a model's own jinja2 template, a stranger's program, run by template.py within limits."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from typing import Any
 
-from adaptrt.errors import ModelError
+from adaptrt.engine import template as renderer
+from adaptrt.errors import ModelError, RequestError
 
 
 def render(template: str, messages: Sequence[Mapping[str, str]], special_tokens: Mapping[str, str]) -> str:
     """The prompt for `messages` ({"role", "content"}), ending where the assistant speaks.
 
     `special_tokens` gives bos_token, eos_token, … to the template, as Hugging Face does. Raises ModelError naming
-    what the template refused.
+    what the template refused, or the limit of memory or time it went beyond; RequestError for messages that are none.
     """
-    variables = {"messages": list(messages), "add_generation_prompt": True, "tools": None, "documents": None}
+    variables: dict[str, Any] = {"add_generation_prompt": True, "tools": None, "documents": None}
     try:
-        return str(_environment().from_string(template).render(variables, **special_tokens))
-    except ModelError:
-        raise
-    except Exception as error:  # a stranger's code may fail in any way
-        raise ModelError(f"chat template: {str(error) or type(error).__name__}") from error
+        variables |= {**special_tokens, "messages": [dict(message) for message in messages]}
+        request = json.dumps({"path": sys.path, "template": template, "variables": variables})
+    except (TypeError, ValueError):
+        raise RequestError(
+            f"messages: found {messages!r:.80}, expected a list of {{'role': …, 'content': …}}"
+        ) from None
+    answer = _answer(request.encode())
+    if "error" in answer:
+        raise ModelError(f"chat template: {answer['error']}")
+    return str(answer["text"])
 
 
-def _environment() -> Any:
-    """What transformers gives to templates."""
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """`{% generation %}` marks what an assistant says, for training; the text is that of its body."""
-
-        tags = {"generation"}  # noqa: RUF012 - as jinja2 has it
-
-        def parse(self, parser: Any) -> Any:
-            """The body."""
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
-    )
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    environment.filters["tojson"] = _to_json
-    return environment
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Like jinja2's filter but without HTML escaping, which prompts must not have."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _refuse(message: str) -> None:
-    raise ModelError(f"chat template: {message}")
+def _answer(request: bytes) -> dict[str, Any]:
+    """What the process says. Raises ModelError when it cannot be started or does not finish."""
+    command = [sys.executable or "python3", "-I", "-S", renderer.__file__]
+    try:
+        done = subprocess.run(command, input=request, capture_output=True, timeout=renderer.SECONDS)
+    except subprocess.TimeoutExpired:
+        raise ModelError(f"chat template: did not finish in {renderer.SECONDS} seconds") from None
+    except OSError as error:
+        raise ModelError(f"chat template: cannot start {command[0]}: {error.strerror}") from error
+    if done.returncode != 0:
+        reason = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        raise ModelError(f"chat template: ended with code {done.returncode} {reason}".rstrip())
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
