@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers.written import write_base
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -20,6 +21,14 @@ def shared() -> Path:
     if not (SHARED / "models").is_dir():
         pytest.skip("needs ../shared (models and corpora beside the checkout)")
     return SHARED
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A small file with a section "base"."""
+    path = tmp_path / "model.adrt"
+    write_base(path)
+    return path
 
 
 @pytest.fixture(scope="session", autouse=True)

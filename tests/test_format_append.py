@@ -12,17 +12,10 @@ from pathlib import Path
 
 import pytest
 from helpers import independent_reader
-from helpers.written import PAGE, add_adapter, bf16, leftovers, noise, plain, write_base
+from helpers.written import PAGE, add_adapter, bf16, leftovers, noise, plain
 
 from adaptrt.errors import FormatError
 from adaptrt.format import Writer, append, open_file, verify
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    path = tmp_path / "model.adrt"
-    write_base(path)
-    return path
 
 
 def test_append_moves_nothing_and_readers_keep_what_they_saw(base: Path) -> None:

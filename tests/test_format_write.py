@@ -16,13 +16,6 @@ from adaptrt.format import File, Writer, append, open_file, verify
 from adaptrt.tensor import DTYPES, Int8Layout, Nf4Layout, Tensor, rows_cols, tensor_nbytes
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    path = tmp_path / "model.adrt"
-    write_base(path)
-    return path
-
-
 def test_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
     def write(path: Path, chunk: int) -> bytes:
         data = bf16(300, 500)
