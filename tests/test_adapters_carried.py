@@ -54,6 +54,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"trainable_token_indices": {"embed_tokens": [1, 2], "lm_head": [1, 2]}},
     ),
     "tied base, other rows": ("tied", {"trainable_token_indices": {"embed_tokens": [1, 2], "lm_head": [3]}}),
+    "tied rows beside LoRA on the head": (
+        "tied",
+        {"trainable_token_indices": [5, 1, 77], "target_modules": ["q_proj", "lm_head"]},
+    ),
     "everything": (
         "biases",
         {"modules_to_save": [*NORMS, "lm_head"], "trainable_token_indices": [9, 1], "bias": "all"},
@@ -213,6 +217,19 @@ def edited_base(folder: Path, out: Path) -> Path:
         model.model.norm.weight[3] = 0
     model.save_pretrained(out)
     return out
+
+
+def test_rows_do_not_go_beside_a_method_that_needs_the_weight(bases: dict[str, Any], tmp_path: Path) -> None:
+    folder, adrt, _ = bases["tied"]
+    options = {"trainable_token_indices": [5, 1], "target_modules": ["lm_head"], "use_dora": True}
+    adapter = perturbed_peft(tmp_path / "a", folder, **options)
+    with (
+        adaptrt.load(adrt, "reference") as model,
+        pytest.raises(
+            AdaptrtError, match="trainable_tokens_delta replaces what other tensors of the target change"
+        ),
+    ):
+        model.load_adapter(adapter)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

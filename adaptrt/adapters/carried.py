@@ -137,7 +137,7 @@ def _add_rows(lowered: Lowered, tensor: Tensor, params: Params, base: BaseWeight
         columns=np.tile(np.arange(base.shape[1], dtype=np.int32), len(ids)),
         values=(to_float32(tensor)[order] - old).reshape(-1),
     )
-    return replace(lowered, terms=(change,))
+    return replace(lowered, terms=(*lowered.terms, change))
 
 
 CARRIED: Mapping[str, Carried] = {

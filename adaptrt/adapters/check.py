@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptrt.adapters.carried import BIAS, CARRIED, check_carried
+from adaptrt.adapters.carried import BIAS, CARRIED, ROWS, check_carried
 from adaptrt.adapters.invocation import check_invocation
 from adaptrt.adapters.problems import Problems, brief
 from adaptrt.adapters.stored import QUANTIZED, is_factor, stored_dims
@@ -64,7 +64,8 @@ def check_target(
     for role, tensor in carried.items():
         if tensor.dtype in _dtypes(role, variant):  # else it is refused below
             check_carried(role, labels[role], tensor, target.params, base, problems)
-        if CARRIED[role].alone and len(target.tensors) - (BIAS in carried) > 1:
+        beside = role == ROWS and variant.adds and base.kind == "head"
+        if CARRIED[role].alone and len(target.tensors) - (BIAS in carried) > 1 and not beside:
             problems.add(f"{labels[role]} replaces what other tensors of the target change")
     brought = {name for role in carried for name in CARRIED[role].params}
     params = {name: value for name, value in target.params.items() if name not in brought}

@@ -86,6 +86,7 @@ class LoraVariant(Variant):
         "bias": ("out",),
     }
     optional: ClassVar[frozenset[str]] = frozenset({"bias"})
+    adds: ClassVar[bool] = True
 
     def claims(self, config: Mapping[str, Any]) -> bool:
         """See Variant.claims."""

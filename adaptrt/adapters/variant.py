@@ -129,7 +129,8 @@ class Variant(ABC):
     `in` are the base's (an embedding maps `in` = vocabulary to `out` = width), a name in `params` is that
     number, any other name must be the same size wherever the target uses it. Roles in `optional` may be
     absent, those in `integers` hold whole numbers, those in `derived` come from `derive`. `options` adds to the options
-    that every PEFT method has.
+    that every PEFT method has. `adds` says that the method only adds to the weight, the same whatever that holds, so
+    that it goes with replaced rows of a head.
     """
 
     name: str  # as stored in files and shown to users: "lora"
@@ -139,6 +140,7 @@ class Variant(ABC):
     optional: ClassVar[frozenset[str]] = frozenset()
     integers: ClassVar[frozenset[str]] = frozenset()
     derived: ClassVar[frozenset[str]] = frozenset()
+    adds: ClassVar[bool] = False
 
     @abstractmethod
     def claims(self, config: Mapping[str, Any]) -> bool:

@@ -31,6 +31,7 @@ class AloraVariant(LoraVariant):
     methods = frozenset({OPTION})
     options: ClassVar[Mapping[str, Rule]] = {**LoraVariant.options, OPTION: _tokens}
     params: ClassVar[Mapping[str, type]] = {**LoraVariant.params, INVOCATION: str}
+    adds: ClassVar[bool] = False  # in PEFT the rows are replaced before the invocation too
 
     def resolve(self, config: Mapping[str, Any], module: Module, problems: Problems) -> tuple[Params, Roles]:
         """See Variant.resolve."""

@@ -45,6 +45,7 @@ class DoraVariant(LoraVariant):
     }
     optional: ClassVar[frozenset[str]] = frozenset()
     derived: ClassVar[frozenset[str]] = frozenset({"squares", "products"})
+    adds: ClassVar[bool] = False
 
     def claims(self, config: Mapping[str, Any]) -> bool:
         """Use_dora, with or without use_rslora."""
