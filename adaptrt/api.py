@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -24,7 +25,7 @@ from adaptrt.engine.adapters import AdapterSet, Stack
 from adaptrt.engine.chat import render
 from adaptrt.engine.engine import Engine, Job
 from adaptrt.engine.guard import GuardedExecutable
-from adaptrt.engine.request import AdapterSpec, Chunk, Request, Sampling, as_ids, as_stack
+from adaptrt.engine.request import AdapterSpec, Chunk, Request, Sampling, as_ids, as_scale, as_stack
 from adaptrt.engine.sampler import require_finite
 from adaptrt.engine.text import Tokenizer, check_text_metadata
 from adaptrt.errors import (
@@ -60,7 +61,9 @@ def load(
     fit stays on the host and is streamed (spec/backend.md).
     Raises FormatError, ModelError or BackendError, each in one line.
     """
-    if threads is not None and not (isinstance(threads, int) and 1 <= threads <= 1024):
+    if not isinstance(backend, str):
+        raise RequestError(f"backend: found {backend!r}, expected a name")
+    if threads is not None and not (type(threads) is int and 1 <= threads <= 1024):
         raise RequestError(f"threads: found {threads!r}, expected 1 to 1024")
     for name, value, known in (
         ("precision", precision, ("exact", "fast")),
@@ -129,7 +132,9 @@ class Model:
         self._engine = Engine(executable, self.vocab_size, self.context_length, options.page_tokens, end_ids)
         self._adapters = AdapterSet(executable, registry.variants, base)
         self._active: Stack = ()
+        self._naming = threading.Lock()
         self._cleanup = ExitStack()
+        self._cleanup.callback(self._adapters.close)
         self._cleanup.callback(file.close)
         self._cleanup.callback(executable.close)
 
@@ -177,7 +182,7 @@ class Model:
         name = adapter.name if name is None else name
         if not isinstance(name, str) or not name:
             raise AdapterError(f"adapter name {name!r}: expected text")
-        self._adapters.add(name, adapter, scale, progress)
+        self._adapters.add(name, adapter, as_scale(name, scale), progress)
         return name
 
     def unload_adapter(self, name: str) -> None:
@@ -233,9 +238,10 @@ class Model:
         if adapters is None:
             return self._active
         stack = as_stack(adapters)
-        for name, scale in stack:
-            if name not in self._adapters.loaded and name in self.stored_adapters:
-                self.load_adapter(name, scale=scale)
+        with self._naming:  # two threads may be the first to name one
+            for name, scale in stack:
+                if name not in self._adapters.loaded and name in self.stored_adapters:
+                    self.load_adapter(name, scale=scale)
         return stack
 
     # Text
@@ -340,6 +346,8 @@ class Model:
 
     def _concrete(self, request: Request) -> tuple[list[int], Stack, Sampling]:
         """Token ids and resolved stack of a request, checked."""
+        if not isinstance(request, Request):
+            raise RequestError(f"found {request!r:.80}, expected a Request")
         text = isinstance(request.prompt, str)
         ids = self.tokenize(cast(str, request.prompt)) if text else as_ids(request.prompt)
         self._engine.check(ids)

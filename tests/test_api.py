@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import threading
+import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from helpers.oracle import llama_folder, peft_folder
 
 import adaptrt
 from adaptrt.adapters.normal import LoweredAdapter
+from adaptrt.api import find_adapter
 from adaptrt.backends.base import LoadOptions
 from adaptrt.backends.reference import ReferenceBackend
 from adaptrt.convert.base import ConvertOptions
@@ -104,6 +108,7 @@ def test_requests_of_one_batch_fail_alone(model: adaptrt.Model) -> None:
         adaptrt.Request(PROMPT, {"nobody": 1.0}),
         adaptrt.Request(PROMPT, {"a": math.nan}),
         adaptrt.Request("text, but the model has no tokenizer"),
+        "no request",
     ]
     chunks = list(model.generate_batch([*bad, good]))
     errors = {chunk.index: chunk.error for chunk in chunks if chunk.finish_reason == "error"}
@@ -185,6 +190,43 @@ def test_closing_and_unloading_under_a_stream(model: adaptrt.Model) -> None:
         model.logits(PROMPT)
 
 
+def test_closing_lets_go_of_the_adapters(model: adaptrt.Model) -> None:
+    tensors = [weakref.ref(tensor) for tensor in model.adapters["a"].tensors.values()]
+    model.close()
+    gc.collect()
+    assert not any(tensor() for tensor in tensors)
+    with pytest.raises(ClosedError):
+        model.logits(PROMPT, "a")
+    with pytest.raises(ClosedError):
+        model.unload_adapter("a")
+
+
+def test_threads_may_be_the_first_to_name_a_stored_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = threading.Barrier(2)
+
+    def find(*args: Any) -> Any:
+        with suppress(threading.BrokenBarrierError):  # which it is when the other thread is kept waiting
+            both.wait(0.3)
+        return find_adapter(*args)
+
+    monkeypatch.setattr("adaptrt.api.find_adapter", find)
+    found: list[Any] = []
+
+    def work() -> None:
+        try:
+            found.append(model.logits(PROMPT, "bard"))
+        except AdapterError as error:
+            found.append(error)
+
+    with adaptrt.load("demo", "cpu", precision="exact") as model:
+        threads = [threading.Thread(target=work) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert np.array_equal(found[0], found[1])
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
@@ -197,7 +239,14 @@ def test_closing_and_unloading_under_a_stream(model: adaptrt.Model) -> None:
         (lambda m, f: m.set_adapter({"a": 10**400}), AdapterError, "'a': scale is 10.*finite"),
         (lambda m, f: m.set_adapter(5), AdapterError, "adapters: found 5, expected a name"),
         (lambda m, f: m.set_adapter([("a",)]), AdapterError, "adapters: found .*expected a name"),
+        (lambda m, f: m.set_adapter([("a", 1, 2)]), AdapterError, "adapters: found .*expected a name"),
+        (lambda m, f: m.set_adapter([{}]), AdapterError, "adapters: found .*expected a name"),
+        (lambda m, f: m.set_adapter({5: 1}), AdapterError, "adapters: found {5: 1}, expected a name"),
         (lambda m, f: m.load_adapter(f["b"], name=5), AdapterError, "adapter name 5: expected text"),
+        (lambda m, f: m.load_adapter(f["b"], scale="1"), AdapterError, "scale is '1', expected a finite"),
+        (lambda m, f: m.load_adapter(f["b"], scale=None), AdapterError, "scale is None, expected a finite"),
+        (lambda m, f: m.add_weighted_adapter(["a"], [1], None), AdapterError, "adapter name None: expected"),
+        (lambda m, f: adaptrt.Request("x", sampling={}), RequestError, "found {}, expected a Sampling"),
         (lambda m, f: m.generate(PROMPT, temperature=-1), RequestError, "temperature"),
         (lambda m, f: m.generate(PROMPT, temperature=10**400), RequestError, "temperature: found 10.*to 100"),
         (lambda m, f: m.generate(5), RequestError, "prompt: found a int, expected text"),
@@ -228,6 +277,8 @@ def test_closing_and_unloading_under_a_stream(model: adaptrt.Model) -> None:
         (lambda m, f: adaptrt.load(f["base"], gpu_memory="6GiB"), RequestError, "gpu_memory: found '6GiB'"),
         (lambda m, f: adaptrt.load(f["base"], precision="exactly"), RequestError, "exactly"),
         (lambda m, f: adaptrt.load(f["base"], threads=0), RequestError, "threads"),
+        (lambda m, f: adaptrt.load(f["base"], threads=True), RequestError, "threads: found True"),
+        (lambda m, f: adaptrt.load(f["base"], backend=None), RequestError, "backend: found None"),
     ],
 )
 def test_refusals_name_the_thing(

@@ -149,6 +149,11 @@ def test_text_that_is_not_unicode_is_refused(text: str) -> None:
         TOKENIZERS["byte-level"].encode(text)
 
 
+def test_what_is_no_text_is_refused() -> None:
+    with pytest.raises(RequestError, match="text: found a bytes, expected text"):
+        TOKENIZERS["byte-level"].encode(b"abc")  # type: ignore[arg-type]
+
+
 CHATML = (
     "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

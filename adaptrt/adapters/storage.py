@@ -40,7 +40,7 @@ class SectionTaker(Protocol):
 
 def check_name(name: str) -> None:
     """Refuse a name that a command line or a section name cannot carry. Raises AdapterError."""
-    fits = 0 < len(name) <= MAX_NAME and name.isprintable() and name == name.strip()
+    fits = isinstance(name, str) and 0 < len(name) <= MAX_NAME and name.isprintable() and name == name.strip()
     if not fits or set(name) & set("/\\:"):
         raise AdapterError(
             f"adapter name {brief(name)}: expected 1 to {MAX_NAME} printable characters without / \\ and :, "

@@ -16,7 +16,7 @@ from adaptrt.adapters.sharing import SharedTensors
 from adaptrt.adapters.stack import Base, at_scale, prepare
 from adaptrt.adapters.variant import Adapter, Progress, Variant, no_progress
 from adaptrt.backends.base import Executable, prefetch
-from adaptrt.errors import AdapterError, UnknownAdapterError
+from adaptrt.errors import AdapterError, ClosedError, UnknownAdapterError
 
 Stack = Sequence[tuple[str, float]]  # (adapter name, scale) in stacking order
 IDLE_SCALES = 4  # of an adapter, beside those in use, that stay attached
@@ -36,6 +36,7 @@ class AdapterSet:
         self._invocations: dict[int, list[int]] = {}  # by handle
         self._in_use: Counter[tuple[str, float]] = Counter()
         self._lock = threading.RLock()
+        self._closed = False
 
     @property
     def loaded(self) -> Mapping[str, Adapter]:
@@ -58,6 +59,14 @@ class AdapterSet:
                 self._prepared.pop(name, None)
                 self._adapters.pop(name, None)
                 raise
+
+    def close(self) -> None:
+        """Let go of every adapter. The executable is closed already, and naming one raises ClosedError from now on."""
+        with self._lock:
+            self._closed = True
+            self._adapters.clear()
+            self._prepared.clear()
+            self._handles.clear()
 
     def remove(self, name: str) -> None:
         """Unload an adapter. Raises AdapterError while a generation uses it."""
@@ -118,6 +127,8 @@ class AdapterSet:
         self._executable.detach(handle)
 
     def _find(self, name: str) -> Adapter:
+        if self._closed:
+            raise ClosedError("the model is closed")
         if name not in self._adapters:
             known = ", ".join(sorted(self._adapters)) or "none"
             raise UnknownAdapterError(f"adapter {name!r}: not loaded; loaded: {known}")

@@ -90,14 +90,19 @@ def as_stack(adapters: AdapterSpec) -> list[tuple[str, float]]:
             pairs: list[Any] = list(adapters.items())
         else:
             items = [adapters] if isinstance(adapters, str) else adapters or ()
-            pairs = [(item, 1.0) if isinstance(item, str) else (item[0], item[1]) for item in items]
-    except (TypeError, IndexError):
+            pairs = [(item, 1.0) if isinstance(item, str) else tuple(item) for item in items]
+        stack = [(name, scale) for name, scale in pairs]
+        named = all(isinstance(name, str) for name, _ in stack)
+    except (TypeError, ValueError):
+        named = False
+    if not named:
         expected = "a name, a list of names or (name, scale), or scales by name"
-        raise AdapterError(f"adapters: found {adapters!r}, expected {expected}") from None
-    return [(name, _as_scale(name, scale)) for name, scale in pairs]
+        raise AdapterError(f"adapters: found {adapters!r}, expected {expected}")
+    return [(name, as_scale(name, scale)) for name, scale in stack]
 
 
-def _as_scale(name: str, scale: Any) -> float:
+def as_scale(name: str, scale: Any) -> float:
+    """A finite number. Raises AdapterError for anything else."""
     try:
         number = math.nan if isinstance(scale, bool | str) else float(scale)
     except (TypeError, ValueError, OverflowError):
@@ -126,6 +131,10 @@ class Request:
     prompt: str | Sequence[int]
     adapters: AdapterSpec = None
     sampling: Sampling = field(default_factory=Sampling)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sampling, Sampling):
+            raise RequestError(f"sampling: found {self.sampling!r:.80}, expected a Sampling")
 
 
 @dataclass(frozen=True)

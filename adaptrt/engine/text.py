@@ -29,8 +29,10 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of text; special tokens such as BOS are added as the tokenizer says.
 
-        Raises RequestError for text that is not Unicode: half of a surrogate pair, or a byte that was not UTF-8.
+        Raises RequestError for what is no text, or not Unicode: half of a surrogate pair, or a byte that was not UTF-8.
         """
+        if not isinstance(text, str):
+            raise RequestError(f"text: found a {type(text).__name__}, expected text")
         try:
             text.encode()
         except UnicodeEncodeError as error:
