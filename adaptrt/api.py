@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -99,13 +100,13 @@ def find_adapter(
     if str(source) in stored:
         return read_adapter(file, f"{PREFIX}{source}")
     path = Path(source)
-    if path.is_dir():
-        return import_peft(path, variants, base, progress=progress)
-    if not path.exists():
+    if not os.path.exists(path):  # noqa: PTH110 - Path.exists raises for a name that is too long
         raise UnknownAdapterError(
             f"adapter {str(source)!r}: no such file or folder, and not inside {file.path} "
             f"(which has: {', '.join(stored) or 'none'})"
         )
+    if path.is_dir():
+        return import_peft(path, variants, base, progress=progress)
     other = cleanup.enter_context(open_file(path))
     adapter = read_adapter(other, PREFIX + only_adapter(other))
     check_base(adapter, base)

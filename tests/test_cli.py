@@ -47,6 +47,7 @@ def test_parse_adapter(text: str, source: str, scale: float) -> None:
         ("poet:", "adapter 'poet:': expected NAME or PATH, then perhaps ':' and a scale"),
         (":0.5", "adapter ':0.5': expected NAME or PATH, then perhaps ':' and a scale"),
         ("", "adapter '': expected NAME or PATH, then perhaps ':' and a scale"),
+        ("a\0b", r"adapter 'a\x00b': expected NAME or PATH, then perhaps ':' and a scale"),
         ("poet::2", "adapter 'poet::2': expected NAME or PATH, then perhaps ':' and a scale"),
     ],
 )

@@ -202,15 +202,17 @@ def test_a_batch_equals_each_line_alone(tiny: Tiny, tmp_path: Path) -> None:
         {"prompt": "Twice upon", "adapters": {str(clerk): 2}, "max_tokens": 3},
         {"prompt": "Thrice", "adapters": ["nobody"]},
         {"prompt": "Four", "stop": "\x00"},
+        {"prompt": "Five", "adapters": ["n" * 300]},
     ]
     file = tmp_path / "batch.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)))
     outcome = adaptrt_cli("run", tiny.model, "--prompts", file, "-n", 7, "-a", poet, *GREEDY)
     assert outcome.code == 1
     results = {result["index"]: result for result in map(json.loads, outcome.out.splitlines())}
-    assert sorted(results) == [0, 1, 2, 3, 4]
+    assert sorted(results) == [0, 1, 2, 3, 4, 5]
     assert results[1]["error"] == "prompt: found 201 tokens, expected at most 128, the context length"
     assert results[3]["error"].startswith("adapter 'nobody': no such file or folder, and not inside")
+    assert results[5]["error"].startswith(f"adapter '{'n' * 300}': no such file or folder")
     alone = {
         0: ("Once", 7, ["-a", f"{poet}:0.5", "-a", clerk]),
         2: ("Twice upon", 3, ["-a", f"{clerk}:2"]),

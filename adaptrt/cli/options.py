@@ -61,7 +61,7 @@ def parse_adapter(text: str) -> AdapterChoice:
     scale = _as_number(tail) if colon else None
     if scale is None:
         source, scale = text, 1.0
-    if not source or source.endswith(":"):
+    if not source or source.endswith(":") or "\0" in source:
         raise AdapterError(f"adapter {text!r}: expected NAME or PATH, then perhaps ':' and a scale")
     if not math.isfinite(scale):
         raise AdapterError(f"adapter {source!r}: scale is {tail!r}, expected a finite number")
