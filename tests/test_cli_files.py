@@ -8,7 +8,7 @@ import os
 import resource
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,10 @@ from helpers.cli import Outcome, adaptrt_cli, adaptrt_process
 from helpers.oracle import peft_folder
 from helpers.tiny import tiny_folder
 from safetensors.numpy import load_file, save_file
+
+from adaptrt.adapters.storage import PREFIX, read_adapter
+from adaptrt.convert.peft import write_adapter_file
+from adaptrt.format import open_file
 
 GREEDY = ("-p", "Once", "-n", "12", "--temp", "0", "--precision", "exact", "--threads", "2")
 
@@ -128,6 +132,19 @@ def test_inspect(made: Made) -> None:
     words = adaptrt_cli("inspect", made.model, "--tensors").out
     assert model["fingerprint"] in words
     assert "blk.1.ffn_down.weight nf4 [64, 160]" in words
+
+
+def test_what_a_file_says_does_not_steer_the_terminal(made: Made, tmp_path: Path) -> None:
+    steering = "\x1b[2J\u202e\x07"
+    with open_file(made.poet) as file:
+        adapter = read_adapter(file, PREFIX + "poet")
+    base = {**adapter.base, "name": steering}
+    odd = replace(adapter, notes=(f"read {steering} this",), base=base, config_text=steering)
+    write_adapter_file(tmp_path / "odd.adrt", odd)
+    for command in (["inspect"], ["adapter", "list"], ["adapter", "add", made.model, "--name", steering]):
+        outcome = adaptrt_cli(*command, tmp_path / "odd.adrt")
+        assert not set(outcome.out + outcome.err) & set(steering.removeprefix("\x1b[2J") + "\x1b")
+    assert r"read \x1b[2J\u202e\x07 this" in adaptrt_cli("inspect", tmp_path / "odd.adrt").out
 
 
 def test_verify_names_what_is_damaged(made: Made, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptrt.adapters.problems import brief
 from adaptrt.errors import ModelError
 from adaptrt.format import File
 from adaptrt.model.architecture import Architecture, TensorSpec
@@ -104,7 +105,7 @@ def open_base(file: File, architectures: Mapping[str, Architecture]) -> BaseView
     name = str(file.metadata.get("general.architecture"))
     if name not in architectures:
         known = ", ".join(sorted(architectures))
-        raise ModelError(f"{file.path}: architecture {name!r} is not supported; installed: {known}")
+        raise ModelError(f"{file.path}: architecture {brief(name)} is not supported; installed: {known}")
     return BaseView(file, architectures[name])
 
 

@@ -118,8 +118,10 @@ def _finish(code: int, message: str | None = None) -> int:
     """Leave stdout flushed or, if it is gone, silenced; say what went wrong in one line."""
     _flush_or_silence(sys.stdout)
     if message is not None:
+        from adaptrt.cli.notes import printable
+
         line = "; ".join(part.strip() for part in message.splitlines() if part.strip())
-        click.echo(f"adaptrt: error: {line}", err=True)
+        click.echo(f"adaptrt: error: {printable(line)}", err=True)
     return code
 
 

@@ -16,7 +16,7 @@ from adaptrt.adapters.stack import check_lowers
 from adaptrt.adapters.storage import PREFIX, check_name, list_adapters
 from adaptrt.api import find_adapter
 from adaptrt.cli.inspect import adapter_line, describe_adapter
-from adaptrt.cli.notes import SOON, Progress, note, size_text
+from adaptrt.cli.notes import SOON, Progress, note, printable, size_text
 from adaptrt.cli.options import PATH, as_json, check_new, grouped, model_path, parse_adapter
 from adaptrt.cli.store import store_adapter
 from adaptrt.convert.peft import write_adapter_file
@@ -133,4 +133,4 @@ def list_command(file: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(adapters, ensure_ascii=False))
     else:
-        click.echo("".join(f"{adapter_line(adapter)}\n" for adapter in adapters), nl=False)
+        click.echo("".join(f"{printable(adapter_line(adapter))}\n" for adapter in adapters), nl=False)

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from adaptrt.adapters.storage import list_adapters, read_adapter
-from adaptrt.cli.notes import size_text
+from adaptrt.cli.notes import printable, size_text
 from adaptrt.cli.options import as_json, model_path
 from adaptrt.format import File, open_file
 
@@ -28,7 +28,7 @@ def command(file: str, tensors: bool, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(content, ensure_ascii=False))
     else:
-        click.echo("\n".join(_lines(content)))
+        click.echo("\n".join(map(printable, _lines(content))))
 
 
 def describe(file: File, tensors: bool) -> dict[str, Any]:

@@ -22,11 +22,16 @@ SOON = 1.0  # seconds after which something that is usually quick shows its prog
 _bars: list[Progress] = []  # on the terminal now: a note wipes them away, and they draw themselves anew
 
 
+def printable(text: str) -> str:
+    """Text for a terminal, control characters escaped: what a stranger's file says must not steer it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def note(message: str) -> None:
     """One line on stderr."""
     for bar in _bars:
         bar.wipe()
-    click.echo(f"adaptrt: {message}", err=True)
+    click.echo(f"adaptrt: {printable(message)}", err=True)
 
 
 def size_text(nbytes: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from adaptrt.cli.notes import Progress
+from adaptrt.cli.notes import Progress, printable
 from adaptrt.cli.options import model_path
 from adaptrt.format import verify
 
@@ -17,7 +17,7 @@ def command(ctx: click.Context, file: str) -> None:
     with Progress(f"verifying {file}") as progress:
         problems = verify(model_path(file), progress)
     for problem in problems:
-        click.echo(f"{file}: {problem}")
+        click.echo(printable(f"{file}: {problem}"))
     if problems:
         ctx.exit(1)
     click.echo(f"{file}: ok")
