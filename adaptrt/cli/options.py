@@ -185,7 +185,9 @@ loading_options = grouped(
         metavar="NAME[:DEVICE]",
         help="What runs the model, and where.",
     ),
-    click.option("--threads", type=int, metavar="N", help="CPU threads.  [default: every core]"),
+    click.option(
+        "--threads", type=int, metavar="N", help="CPU threads, for cpu and torch.  [default: every core]"
+    ),
     click.option(
         "--precision",
         type=click.Choice(["fast", "exact"]),
