@@ -194,16 +194,20 @@ def test_what_adapters_add(files: tuple[Path, Path]) -> None:
 
 
 def test_a_prediction_adds_what_each_part_takes() -> None:
-    alone = Work("alone", 1, float, 100, 50, seconds=[2.0])
-    own = Work("own", 1, float, 130, 70, seconds=[9.0], without=alone)
-    shared = replace(own, name="shared", floor_bytes=170, shared_bytes=40)
+    alone = Work("alone", 1, float, 100, 50, seconds=[2.0])  # reads 50 a second
+    own = Work("own", 1, float, 300, 55, seconds=[9.0], without=alone)
+    shared = replace(own, name="shared", floor_bytes=340, shared_bytes=40)
+    heavy = replace(own, name="heavy", operations=80)
     peaks = Peaks(10.0, 5.0, shared_seconds=6.0)
-    assert own.predicted_seconds(peaks) == 2 + 30 / 10 + 20 / 5
-    assert shared.predicted_seconds(peaks) == 2 + 30 / 10 + 6 + 20 / 5
-    assert shared.predicted_seconds(Peaks(10.0)) == 2 + 30 / 10 + 40 / 10
+    assert own.predicted_seconds(peaks) == 2 + 200 / 50
+    assert shared.predicted_seconds(peaks) == 2 + 6 + 200 / 50
+    assert shared.predicted_seconds(Peaks(10.0)) == 2 + 40 / 10 + 200 / 50
+    assert heavy.predicted_seconds(peaks) == 2 + 30 / 5
+    many = replace(own, without=replace(alone, tokens=2))
+    assert many.predicted_seconds(peaks) == 2 + 200 / 10
     assert alone.predicted_seconds(peaks) is None and own.predicted_seconds(Peaks()) is None
     table = rows([alone, own], peaks)
-    assert [row["predicted_over_base"] for row in table] == [None, 4.5]
+    assert [row["predicted_over_base"] for row in table] == [None, 3.0]
 
 
 def test_rounds_drop_the_first_and_ratios_pair_them() -> None:

@@ -44,19 +44,29 @@ class Work:
         return max(self.floor_bytes / bytes_per_second if bytes_per_second else 0.0, compute)
 
     def predicted_seconds(self, peaks: Peaks) -> float | None:
-        """The time without adapters and, one after the other, what their bytes and operations take at the peaks.
+        """The time without adapters, that of reading shared factors, and the slower of own bytes and all operations.
 
         Shared factors, which every layer reads again, take the time that was probed or, where none could be, that of
-        reading them once. None where there is nothing to predict or the memory's speed is not known.
+        reading them once. Operations go at the peak. None where there is nothing to predict or the memory's speed is
+        not known.
         """
         if self.without is None or not peaks.bytes_per_second:
             return None
         own_bytes = self.floor_bytes - self.without.floor_bytes - self.shared_bytes
-        shared = peaks.shared_seconds if self.shared_bytes else 0.0
-        shared = shared or self.shared_bytes / peaks.bytes_per_second
         operations = self.operations - self.without.operations
         compute = operations / peaks.operations_per_second if peaks.operations_per_second else 0.0
-        return self.without.median_seconds + own_bytes / peaks.bytes_per_second + shared + compute
+        read = own_bytes / self.without.reading_speed(peaks)
+        shared = peaks.shared_seconds if self.shared_bytes else 0.0
+        shared = shared or self.shared_bytes / peaks.bytes_per_second
+        return self.without.median_seconds + shared + max(read, compute)
+
+    def reading_speed(self, peaks: Peaks) -> float:
+        """Bytes a second at which bytes that are added to this work should be read: as fast as its own.
+
+        One stream waits for its weights, and its steps take turns with those that are compared with it, which the probe
+        does not. More streams may wait for arithmetic and say nothing of the memory, so there the probe does.
+        """
+        return self.floor_bytes / self.median_seconds if self.tokens == 1 else peaks.bytes_per_second
 
     def ratio_to(self, other: Work) -> tuple[float, float, float]:
         """This work's time over another's, round by round: min, median, max."""
