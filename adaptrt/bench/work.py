@@ -11,7 +11,7 @@ from adaptrt.backends.base import Peaks
 
 @dataclass
 class Work:
-    """`run` does the work once and returns its seconds; `seconds` collects the median of `runs` of them per round.
+    """`run` does the work once and returns its seconds; `rounds` collects those of `runs` of them per round.
 
     `tokens` come out of one run; `floor_bytes` and `operations` are what it must at least read and compute
     (a multiply and an add are two operations). `without` is the same work without its adapters, `shared_bytes` of the
@@ -24,14 +24,14 @@ class Work:
     floor_bytes: int = 0
     operations: int = 0
     runs: int = 1
-    seconds: list[float] = field(default_factory=list)
+    rounds: list[list[float]] = field(default_factory=list)
     without: Work | None = None
     shared_bytes: int = 0
 
     @property
     def median_seconds(self) -> float:
-        """Median over the rounds."""
-        return statistics.median(self.seconds)
+        """Median over the rounds of their medians."""
+        return statistics.median(map(statistics.median, self.rounds))
 
     @property
     def tokens_per_second(self) -> float:
@@ -70,8 +70,15 @@ class Work:
 
     def ratio_to(self, other: Work) -> tuple[float, float, float]:
         """This work's time over another's, round by round: min, median, max."""
-        ratios = [mine / theirs for mine, theirs in zip(self.seconds, other.seconds, strict=True)]
+        ratios = [_ratio(mine, theirs) for mine, theirs in zip(self.rounds, other.rounds, strict=True)]
         return min(ratios), statistics.median(ratios), max(ratios)
+
+
+def _ratio(mine: Sequence[float], theirs: Sequence[float]) -> float:
+    """Of a round; turn by turn where both had as many, since a machine changes its speed within a round."""
+    if len(mine) != len(theirs):
+        return statistics.median(mine) / statistics.median(theirs)
+    return statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
 
 
 def measure(works: Sequence[Work], rounds: int, progress: Callable[[str], None]) -> None:
@@ -89,4 +96,4 @@ def measure(works: Sequence[Work], rounds: int, progress: Callable[[str], None])
                     seconds.append(work.run())
         for work, seconds in zip(works, taken, strict=True):
             if number:
-                work.seconds.append(statistics.median(seconds))
+                work.rounds.append(seconds)

@@ -5,8 +5,8 @@
 
 enum { SHRINK_ROWS = 4, ADD_PANELS = 2, ADD_TOKENS = LANES == 16 ? 4 : 1 };
 
-/* Both factors are read once, in the order of memory, though some rows or panels together. So each piece asks for as much
- * of what lies behind them: at the speed of the arithmetic, since the memory drops requests that come in a burst. */
+/* Threads walk both factors in the order of memory. So what multiplies some rows or panels also asks, piece by piece, for
+ * those behind them: the memory drops requests that come in a burst. */
 INLINE void fetch_next(const uint8_t *ahead, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(ahead + i, 0, 2);
 }

@@ -265,7 +265,7 @@ static void prefetch(const void *data, int64_t bytes) {
   __builtin_prefetch(last, 0, 2);
 }
 
-void cpu_fetch_parts(const adrt_executable *e, const instruction *in, int64_t row0, int64_t n_rows) {
+void cpu_fetch_vectors(const adrt_executable *e, const instruction *in, int64_t row0, int64_t n_rows) {
   const part *p = e->plan.parts + in->first_part, *end = p + in->n_parts;
   for (; p < end; p++) {
     const float *vector = p->what ? p->what->e : p->gain;
