@@ -100,9 +100,9 @@ def test_products_are_those_of_a_layer_and_run_on_a_backend(monkeypatch: pytest.
 
 def test_product_rows_compare_and_average() -> None:
     ours, theirs = (
-        [Work("a", 1, float, 8, 8, seconds=[t]), Work("b", 1, float, 8, 8, seconds=[t])] for t in (1.0, 2.0)
+        [Work("a", 1, float, 8, 8, rounds=[[t]]), Work("b", 1, float, 8, 8, rounds=[[t]])] for t in (1.0, 2.0)
     )
-    theirs[1].seconds = [8.0]
+    theirs[1].rounds = [[8.0]]
     table = product_rows(ours, {"lib": theirs}, Peaks(16.0, 0.0))
     assert [row["faster"]["lib"][1] for row in table] == [2, 8] and table[0]["percent_of_floor"] == 50
     assert product_rows(ours, {"lib": theirs}, Peaks())[0]["percent_of_floor"] is None
@@ -195,28 +195,32 @@ def test_what_adapters_add(files: tuple[Path, Path]) -> None:
 
 
 def test_a_prediction_adds_what_each_part_takes() -> None:
-    alone = Work("alone", 1, float, 100, 50, seconds=[2.0])
-    own = Work("own", 1, float, 130, 70, seconds=[9.0], without=alone)
-    shared = replace(own, name="shared", floor_bytes=170, shared_bytes=40)
+    alone = Work("alone", 1, float, 100, 50, rounds=[[2.0]])  # reads 50 a second
+    own = Work("own", 1, float, 300, 55, rounds=[[9.0]], without=alone)
+    shared = replace(own, name="shared", floor_bytes=340, shared_bytes=40)
+    heavy = replace(own, name="heavy", operations=80)
     peaks = Peaks(10.0, 5.0, shared_seconds=6.0)
-    assert own.predicted_seconds(peaks) == 2 + 30 / 10 + 20 / 5
-    assert shared.predicted_seconds(peaks) == 2 + 30 / 10 + 6 + 20 / 5
-    assert shared.predicted_seconds(Peaks(10.0)) == 2 + 30 / 10 + 40 / 10
+    assert own.predicted_seconds(peaks) == 2 + 200 / 50
+    assert shared.predicted_seconds(peaks) == 2 + 6 + 200 / 50
+    assert shared.predicted_seconds(Peaks(10.0)) == 2 + 40 / 10 + 200 / 50
+    assert heavy.predicted_seconds(peaks) == 2 + 30 / 5
+    many = replace(own, without=replace(alone, tokens=2))
+    assert many.predicted_seconds(peaks) == 2 + 200 / 10
     assert alone.predicted_seconds(peaks) is None and own.predicted_seconds(Peaks()) is None
     table = rows([alone, own], peaks)
-    assert [row["predicted_over_base"] for row in table] == [None, 4.5]
+    assert [row["predicted_over_base"] for row in table] == [None, 3.0]
 
 
 def test_rounds_drop_the_first_and_ratios_pair_them() -> None:
     times = iter([9.0, 9.0, 1.0, 2.0, 3.0, 12.0])
     a, b = (Work(name, 8, lambda: next(times), 100, 1000) for name in "ab")
     measure([a, b], 2, lambda _: None)
-    assert (a.seconds, b.seconds) == ([1.0, 3.0], [2.0, 12.0])
+    assert (a.rounds, b.rounds) == ([[1.0], [3.0]], [[2.0], [12.0]])
     assert b.ratio_to(a) == (2.0, 3.0, 4.0) and a.tokens_per_second == 4.0
     assert a.floor_seconds(10, 0) == 10 and a.floor_seconds(1000, 100) == 10
 
 
-def test_works_take_turns_and_a_round_counts_the_median_of_its_runs() -> None:
+def test_works_take_turns_and_a_round_keeps_all_runs() -> None:
     order: list[str] = []
     seconds = {"a": iter([9.0, 9.0, 9.0, 3.0, 1.0, 8.0]), "b": iter([9.0, 5.0])}
 
@@ -226,7 +230,18 @@ def test_works_take_turns_and_a_round_counts_the_median_of_its_runs() -> None:
     works = [work("a", 3), work("b", 1)]
     measure(works, 1, lambda _: None)
     assert order == ["a", "b", "a", "a"] * 2
-    assert [work.seconds for work in works] == [[3.0], [5.0]]
+    assert [work.rounds for work in works] == [[[3.0, 1.0, 8.0]], [[5.0]]]
+    assert [work.median_seconds for work in works] == [3.0, 5.0]
+
+
+def test_a_ratio_compares_turns_where_both_had_as_many() -> None:
+    slower = Work("slower", 1, float, rounds=[[2.0, 6.0, 30.0]])  # the machine slowed down after the first
+    base, prompt = (
+        Work("base", 1, float, rounds=[[1.0, 2.0, 10.0]]),
+        Work("prompt", 1, float, rounds=[[12.0]]),
+    )
+    assert slower.ratio_to(base) == (3.0, 3.0, 3.0)
+    assert prompt.ratio_to(base) == (6.0, 6.0, 6.0)
 
 
 def test_random_weights_are_finite_and_small() -> None:

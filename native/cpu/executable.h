@@ -278,8 +278,8 @@ int64_t cpu_rows_per_job(const adrt_executable *e, const term *t);
 void cpu_shrink(const adrt_executable *e, const shrink_job *job, float *scratch);
 void cpu_add_parts(const adrt_executable *e, const instruction *in, int64_t row0, int64_t n_rows, float *y,
                    int64_t y_stride, float *scratch);
-/* Have the caches fetch what cpu_add_parts will read. */
-void cpu_fetch_parts(const adrt_executable *e, const instruction *in, int64_t row0, int64_t n_rows);
+/* Have the caches fetch the vectors that cpu_add_parts will read. */
+void cpu_fetch_vectors(const adrt_executable *e, const instruction *in, int64_t row0, int64_t n_rows);
 /* The whole of a term for a one-hot input. */
 void cpu_add_embedded(const adrt_executable *e, const term *t, int32_t token, int64_t width, float *out,
                       float *scratch);

@@ -40,7 +40,7 @@ typedef struct {
   /* For adapters: the same for few rows at a time, of any dtype. Codes of int8 and nf4 are not scaled; 16 bytes of
    * nf4 are step k in the high nibbles and k + 1 in the low ones. */
   expand_kernel *add_low_rank[N_DTYPES];
-  /* The same results as exact's, for one token and rows that are in the cache; f32, f16, bf16, cols a multiple of 64. */
+  /* The same results as exact's, for one token; f32, f16, bf16, cols a multiple of 64. */
   product_kernel *shrink[3];
   /* For wide terms, NULL where there is none: the same for panels of [rank/64] blocks, a block [16][16][4] int8 codes +
    * WIDE_ZERO and [16] float32 scales, panel_stride bytes apart, and h as X_WIDE. */

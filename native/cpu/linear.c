@@ -103,7 +103,7 @@ static void compute_rows(const adrt_executable *e, const instruction *in, int64_
   int64_t left = in->width - row0, n_rows = left < in->rows_per_item ? left : in->rows_per_item;
   int64_t n = tokens_of(e, in), stride = logits ? in->width : e->strides[in->op.out];
   float *y = (logits ? e->plan.batch->logits : e->registers[in->op.out]) + row0;
-  cpu_fetch_parts(e, in, row0, n_rows);
+  cpu_fetch_vectors(e, in, row0, n_rows);
   if (needs_decoding(&in->weight))
     product_decoded(in, row0, n_rows, n, y, stride, scratch);
   else

@@ -5,14 +5,21 @@
 
 enum { SHRINK_ROWS = 4, ADD_PANELS = 2, ADD_TOKENS = LANES == 16 ? 4 : 1 };
 
+/* Threads walk both factors in the order of memory. So what multiplies some rows or panels also asks, piece by piece, for
+ * those behind them: the memory drops requests that come in a burst. */
+INLINE void fetch_next(const uint8_t *ahead, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(ahead + i, 0, 2);
+}
+
 /* Some rows of V against one token: together, so that a sum need not wait for itself and x is loaded once. */
 INLINE void shrink_tile(const matrix *m, int dtype, int rows, int64_t row, const float *x, float *y) {
-  const int64_t stride = row_bytes(dtype, m->cols + m->skipped);
+  const int64_t stride = row_bytes(dtype, m->cols + m->skipped), bytes = block_bytes(dtype);
   const uint8_t *block = m->data + row * stride;
   vec acc[SHRINK_ROWS];
   for (int r = 0; r < rows; r++) acc[r] = v_zero();
-  for (int64_t b = 0; b < m->cols / BLOCK; b++, block += block_bytes(dtype), x += BLOCK) {
+  for (int64_t b = 0; b < m->cols / BLOCK; b++, block += bytes, x += BLOCK) {
     vec sum[SHRINK_ROWS];
+    for (int r = 0; r < rows; r++) fetch_next(block + (rows + r) * stride, bytes);
 #pragma GCC unroll 16
     for (int i = 0; i < BLOCK_VECS; i++) {
       vec a = v_load(x + i * LANES);
@@ -69,8 +76,11 @@ INLINE void add_panels(int dtype, int panels, int tokens, const uint8_t *panel, 
   for (int t = 0; t < tokens; t++)
 #pragma GCC unroll 16
     for (int i = 0; i < panels * PANEL_VECS; i++) sum[0][t][i] = sum[1][t][i] = v_zero();
+  const int64_t bytes = panels * row_bytes(dtype, 2 * PANEL); /* of two steps */
+  const uint8_t *ahead = panel + panels * step;
   int64_t k = 0;
-  for (; k + 2 <= rank; k += 2) {
+  for (; k + 2 <= rank; k += 2, ahead += bytes) {
+    fetch_next(ahead, bytes);
     add_step(dtype, panels, tokens, 0, panel, step, k, h, h_stride, sum);
     add_step(dtype, panels, tokens, 1, panel, step, k, h, h_stride, sum);
   }

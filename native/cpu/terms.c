@@ -265,14 +265,11 @@ static void prefetch(const void *data, int64_t bytes) {
   __builtin_prefetch(last, 0, 2);
 }
 
-void cpu_fetch_parts(const adrt_executable *e, const instruction *in, int64_t row0, int64_t n_rows) {
+void cpu_fetch_vectors(const adrt_executable *e, const instruction *in, int64_t row0, int64_t n_rows) {
   const part *p = e->plan.parts + in->first_part, *end = p + in->n_parts;
-  for (const part *first = p; p < end; p++) { /* `first` of those that read one U */
-    const panels *u = p == first && p->what ? p->what->u : NULL;
+  for (; p < end; p++) {
     const float *vector = p->what ? p->what->e : p->gain;
-    if (u && !u->wide) prefetch(cpu_panel(u, row0), cpu_bytes_of(u->dtype, items_of(n_rows, PANEL) * u->stride));
     if (vector) prefetch(vector + row0, n_rows * (int64_t)sizeof *vector);
-    if (p == first) first += p->together;
   }
 }
 
