@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,11 +19,15 @@ from helpers.cuda import (
     sparse,
 )
 
-from adaptrt.adapters.normal import Lowered
+from adaptrt.adapters.normal import Lowered, LoweredAdapter
 from adaptrt.backends.cuda import CudaBackend
 from adaptrt.backends.native import ProgramStructs, native_module, open_table
 from adaptrt.errors import BackendError
+from adaptrt.program import Embed, Linear, Logits, Op
+from adaptrt.quant.plain import from_float32
+from adaptrt.testing import programs
 from adaptrt.testing.programs import (
+    Floats,
     Pages,
     Run,
     Sizes,
@@ -32,6 +38,7 @@ from adaptrt.testing.programs import (
     random,
     relative_error,
     run_tokens,
+    weight,
 )
 
 SIZES = {
@@ -147,6 +154,55 @@ def test_steps_of_changing_shapes_and_adapters_stay_right() -> None:
     agree(Run([4], 0, [299], [handle + 1]))
     agree(Run(list(range(40)), 0, list(range(20, 30)), [handle + 1]))
     agree(Run([1], 0, [0]))
+
+
+def answers_of_all_kernels(executable: Any) -> list[Floats]:
+    """Steps of so many tokens as each kernel for products takes, each with the executable's only adapter."""
+    executable.reserve(220)
+    return [
+        executable.step(batch([Run([i % 37 for i in range(n)], 0, range(n), (0,))]))
+        for n in (1, 3, 8, 12, 16, 40, 112, 220)
+    ]
+
+
+@needs_gpu
+def test_models_that_step_at_the_same_time() -> None:
+    """Blocks of threads of a kernel wait for each other: no two models may keep each other's from running."""
+    rows, cols = 2304, 512  # a tile at least for each multiprocessor
+    tensors = {"table": from_float32(random(0, 37, cols), "f32")}
+    ops: list[Op] = [Embed("x", "table", "embed")]
+    lowered: LoweredAdapter = {}
+    for i in range(4):
+        for name, out, src in ((f"{i}.up", "y", "x"), (f"{i}.down", "x", "y")):
+            shape = (rows, cols) if out == "y" else (cols, rows)
+            weight(name, *shape, "nf4", tensors)
+            lowered[name] = Lowered((plain(16, *shape, i),))
+            ops.append(Linear(out, src, name, None, name))
+    weight("head", rows, cols, "int8", tensors)
+    model = programs.model([*ops, Logits("x", "head", None, "head")], {"x": cols, "y": rows}, tensors)
+    alone = [load(model, page_tokens=1) for _ in range(3)]
+    for executable in (theirs := reference(model, page_tokens=1), *alone):
+        executable.attach(lowered)
+    expected = answers_of_all_kernels(alone[0])
+    for found, wanted in zip(expected, answers_of_all_kernels(theirs), strict=True):
+        assert relative_error(found, wanted) < 5e-2
+    found_by: list[list[list[Floats]]] = [[] for _ in alone]
+    threads = [
+        Thread(
+            target=lambda i=i: found_by[i].extend(answers_of_all_kernels(alone[i]) for _ in range(40)),
+            daemon=True,
+        )
+        for i in range(len(alone))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [len(found) for found in found_by] == [40, 40, 40]
+    for answers in found_by:
+        for found in answers:
+            for one, wanted in zip(found, expected, strict=True):
+                np.testing.assert_array_equal(one, wanted)
 
 
 @needs_gpu
