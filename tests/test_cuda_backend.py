@@ -19,7 +19,8 @@ from helpers.cuda import (
     sparse,
 )
 
-from adaptrt.adapters.normal import Lowered, LoweredAdapter
+from adaptrt.adapters.normal import Lowered, LoweredAdapter, LowRank
+from adaptrt.backends.base import attach_points
 from adaptrt.backends.cuda import CudaBackend
 from adaptrt.backends.native import ProgramStructs, native_module, open_table
 from adaptrt.errors import BackendError
@@ -28,6 +29,7 @@ from adaptrt.quant.plain import from_float32
 from adaptrt.testing import programs
 from adaptrt.testing.programs import (
     Floats,
+    Model,
     Pages,
     Run,
     Sizes,
@@ -70,6 +72,86 @@ def test_decoding_by_one_token(heads: int, kv_heads: int, head_dim: int) -> None
         executable.close()
     assert np.linalg.norm(results[1] - results[0]) < 2e-2 * np.linalg.norm(results[0])
     assert relative_error(results[1], results[0]) < 5e-2
+
+
+@needs_gpu
+@pytest.mark.parametrize("page_tokens", [32, 64])
+def test_decoding_after_contexts_of_all_lengths(page_tokens: int) -> None:
+    """One so long that several blocks of threads share it, beside short ones and none; then the long one alone."""
+    model = decoder(Sizes(heads=8, kv_heads=2, head_dim=128, layers=1))
+    lengths = [1500, 0, 1, page_tokens + 1, 700]
+    results = []
+    for executable in (reference(model, page_tokens=page_tokens), load(model, page_tokens=page_tokens)):
+        pages = Pages(page_tokens, 100)
+        executable.reserve(100)
+        taken = [pages.take(length + 2) for length in lengths]
+        for length, own in zip(lengths, taken, strict=True):
+            if length:
+                executable.step(batch([Run([7 * i % 37 for i in range(length)], 0, own, wanted=[])]))
+        runs = [[Run([3 + i], n + i, own) for n, own in zip(lengths, taken, strict=True)] for i in range(2)]
+        runs.append(runs[1][:1])
+        results.append(np.concatenate([executable.step(batch(step)) for step in runs]))
+        executable.close()
+    assert np.linalg.norm(results[1] - results[0]) < 2e-2 * np.linalg.norm(results[0])
+    assert relative_error(results[1], results[0]) < 5e-2
+
+
+def with_one_term(model: Model) -> LoweredAdapter:
+    points = attach_points(model.program, model.tensors).items()
+    linears = [(name, point) for name, point in points if point.kind == "linear"]
+    return {name: Lowered((plain(16, at.out, at.inner, i),)) for i, (name, at) in enumerate(linears)}
+
+
+def with_factors_in_common(model: Model, count: int) -> list[LoweredAdapter]:
+    points = attach_points(model.program, model.tensors).items()
+    linears = {name: point for name, point in points if point.kind == "linear"}
+    u = from_float32(random(1, max(at.out for at in linears.values()), 40, scale=0.1), "bf16")
+    v = from_float32(random(2, 40, max(at.inner for at in linears.values()), scale=0.1), "bf16")
+    return [
+        {
+            name: Lowered((LowRank(u, v, 0.5, random(i, 40), random(i + 1, at.out)),))
+            for name, at in linears.items()
+        }
+        for i in range(count)
+    ]
+
+
+@needs_gpu
+@pytest.mark.parametrize("kind", ["none", "one term", "several terms", "factors in common"])
+def test_no_sequence_changes_a_bit_of_another(kind: str) -> None:
+    """Not even one that is not finite, in steps of as many tokens as each kernel takes."""
+    model, ill = decoder(Sizes(head_dim=64)), 36
+    table = random(5, 101, 128)
+    table[ill] = np.resize([np.nan, np.inf, -np.inf], 128)
+    model.tensors["embed"] = from_float32(table, "f32")
+    executable = load(model, page_tokens=32)
+    executable.reserve(130)
+    adapters = {"none": [], "one term": [with_one_term(model)] * 2, "several terms": [adapter(model, 1)] * 2}
+    for one in adapters.get(kind) or with_factors_in_common(model, 2):
+        executable.attach(one)
+    stacks = [()] if kind == "none" else [(0,), (), (1,), (0, 1)]
+
+    def logits(first: int, n_runs: int, longest: int) -> Floats:
+        """Two steps of sequences of up to `longest` tokens, where the one in the middle begins with `first`."""
+        steps = []
+        for step in range(2):
+            runs = []
+            for i in range(n_runs):
+                tokens = [3 + (i + k + step) % 30 for k in range(1 + i % longest)]
+                if i == n_runs // 2 and step == 0:
+                    tokens[0] = first
+                runs.append(
+                    Run(tokens, step * len(tokens), [i], stacks[i % len(stacks)], wanted=[len(tokens) - 1])
+                )
+            steps.append(executable.step(batch(runs)))
+        return np.stack(steps)
+
+    for n_runs in (2, 5, 8, 9, 16, 17, 40, 112, 130):
+        for longest in (1, 3):
+            expected, found = logits(2, n_runs, longest), logits(ill, n_runs, longest)
+            others = np.arange(n_runs) != n_runs // 2
+            assert np.isfinite(expected).all() and np.isnan(found[:, ~others]).all()
+            np.testing.assert_array_equal(found[:, others], expected[:, others])
 
 
 @needs_gpu
