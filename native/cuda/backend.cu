@@ -59,7 +59,7 @@ int guarded_on(adrt_executable *e, adrt_error *error, const char *what, const ca
     try {
       call();
     } catch (...) {
-      e->faulted = cudaDeviceSynchronize() != cudaSuccess;  // what was queued reads memory that may go
+      e->faulted = e->queues.wait() != cudaSuccess;  // what was queued reads memory that may go
       if (e->faulted) note_fault();
       throw;
     }
@@ -91,7 +91,7 @@ int load(const adrt_program *program, const adrt_options *options, adrt_executab
     try {
       *out = adaptrt::load(*program, *options);
     } catch (...) {
-      if (cudaDeviceSynchronize() != cudaSuccess) note_fault();
+      if (cudaStreamSynchronize(cudaStreamPerThread) != cudaSuccess) note_fault();
       recover();
       throw;
     }

@@ -122,6 +122,7 @@ struct device_scope {
 struct device_queues {
   cudaStream_t main = nullptr, adapters = nullptr;
   void create();
+  cudaError_t wait() const;  // not for the device, which other threads may be capturing graphs on
   ~device_queues();
 };
 

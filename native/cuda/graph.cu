@@ -15,18 +15,24 @@ void graph_cache::begin(cudaStream_t stream) {
 cudaGraphExec_t graph_cache::end(cudaStream_t stream) {
   cudaGraph_t graph = nullptr;
   cudaGraphExec_t made = nullptr;
-  check(cudaStreamEndCapture(stream, &graph), "capturing a step");
-  cudaError_t status = cudaGraphInstantiate(&made, graph, 0);
+  cudaError_t status = cudaStreamEndCapture(stream, &graph);
+  if (status == cudaErrorStreamCaptureInvalidated) {
+    cudaGetLastError();
+    return nullptr;
+  }
+  check(status, "capturing a step");
+  status = cudaGraphInstantiate(&made, graph, 0);
   cudaGraphDestroy(graph);
   check(status, "making a step's graph");
   return made;
 }
 
-void graph_cache::abandon(cudaStream_t stream) {
+bool graph_cache::abandon(cudaStream_t stream) {
   cudaGraph_t graph = nullptr;
-  cudaStreamEndCapture(stream, &graph);
+  cudaError_t status = cudaStreamEndCapture(stream, &graph);
   if (graph) cudaGraphDestroy(graph);
   cudaGetLastError();
+  return status == cudaErrorStreamCaptureInvalidated;
 }
 
 }  // namespace adaptrt

@@ -82,6 +82,11 @@ void device_queues::create() {
     check(cudaStreamCreateWithFlags(stream, cudaStreamNonBlocking), "making a stream");
 }
 
+cudaError_t device_queues::wait() const {
+  cudaError_t status = cudaStreamSynchronize(main), other = cudaStreamSynchronize(adapters);
+  return status == cudaSuccess ? other : status;
+}
+
 device_queues::~device_queues() {
   for (cudaStream_t stream : {main, adapters})
     if (stream) cudaStreamDestroy(stream);
