@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -285,6 +285,46 @@ def test_models_that_step_at_the_same_time() -> None:
         for found in answers:
             for one, wanted in zip(found, expected, strict=True):
                 np.testing.assert_array_equal(one, wanted)
+
+
+@needs_gpu
+def test_what_fails_loads_and_closes_leaves_another_alone() -> None:
+    """Steps whose graphs are being made, while other models of the process come, err and go."""
+    model = decoder()
+    ours = load(model)
+    ours.reserve(64)
+    batches = [batch([Run([(i + k) % 37], 0, [i]) for i in range(n)]) for n in range(1, 65) for k in range(3)]
+    expected = [ours.step(one) for one in batches]
+    ours.close()
+    ours = load(model)
+    ours.reserve(64)
+    done, errors = Event(), list[str]()
+
+    def others() -> None:
+        while not done.is_set():
+            other = load(model)
+            other.reserve(2)
+            for refused in (Run([101], 0, [0]), Run([1], 0, [2])):
+                with pytest.raises(BackendError) as caught:
+                    other.step(batch([refused]))
+                errors.append(str(caught.value))
+            with pytest.raises(BackendError, match="do not fit"):
+                other.attach({"0.k": Lowered((plain(4, 63, 128, 1),))})
+            with pytest.raises(BackendError, match="device 99"):
+                load(model, device="99")
+            other.step(batch([Run([1], 0, [0])]))
+            other.close()
+
+    thread = Thread(target=others, daemon=True)
+    thread.start()
+    try:
+        for one, wanted in zip(batches, expected, strict=True):
+            np.testing.assert_array_equal(ours.step(one), wanted)
+    finally:
+        done.set()
+        thread.join(60)
+    assert errors and len(errors) % 2 == 0
+    assert all("token 0 is 101" in e or "KV page 2 is not reserved" in e for e in errors)
 
 
 @needs_gpu
