@@ -8,7 +8,7 @@
 //
 // So there is no launch for adapters, nothing reads an output again, and all of it takes less time than the shortest
 // product. Blocks wait for the sums of others, so all have to run at once: there are no more than multiprocessors (or
-// clusters that run at once), and the GPU hands out all blocks of a launch before those of a later one.
+// clusters that run at once), and the GPU places all blocks of a launch before those of a later one (spec/backend.md).
 //
 // For what is usual: stacks of adapters each with one low-rank term and at most a gain, all factors of one kind.
 #ifndef ADAPTRT_CUDA_BESIDE_CUH

@@ -77,6 +77,7 @@ size_t largest_tensor(const adrt_program &p) {
 
 }  // namespace
 
+// All of one priority: blocks that wait for each other rely on that (spec/backend.md).
 void device_queues::create() {
   for (cudaStream_t *stream : {&main, &adapters})
     check(cudaStreamCreateWithFlags(stream, cudaStreamNonBlocking), "making a stream");
