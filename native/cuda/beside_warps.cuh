@@ -11,6 +11,9 @@ namespace adaptrt {
 __device__ inline void sync_threads(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
+__device__ inline void arrive_threads(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
 
 // Of the warps that multiply, when the tokens are staged; of those beside them; of all, when changes are there.
 constexpr int multipliers_barrier = 1, terms_barrier = 2, beside_barrier = 3, changes_barrier = 4;
@@ -428,8 +431,7 @@ struct beside_warps {
     shrink(first, there, launch);
   }
 
-  // First the warps of U and those of V, then all together. The other warps wait for changes_barrier; so do these, for
-  // nothing: racecheck does not always know what arriving without waiting (bar.arrive) orders.
+  // First the warps of U and those of V, then all together. The other warps wait for changes_barrier.
   __device__ void run() {
     int all = c.u_warps + c.v_warps, of_all = warp;
     uint32_t launch = *c.step * most_launches_beside + c.launch;
@@ -449,7 +451,8 @@ struct beside_warps {
     gather(launch);
     sync_threads(beside_barrier, all * warp_size);
     expand();
-    sync_threads(changes_barrier, blockDim.x);
+    __syncwarp();
+    arrive_threads(changes_barrier, blockDim.x);
   }
 };
 
