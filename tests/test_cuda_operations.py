@@ -54,7 +54,7 @@ PRODUCTS = [  # of an 8B model, and of sizes that fill no tile
     (131, 28672, "nf4"),
     (34001, 256, "nf4"),  # more rows than all warps take at once
 ]
-TOKENS = (1, 2, 3, 4, 7, 8, 9, 12, 16, 17, 33, 40, 64, 65, 112, 113, 128, 200, 300, 512, 1100, 2048)
+TOKENS = (1, 2, 3, 4, 7, 8, 9, 12, 16, 17, 32, 33, 64, 65, 112, 113, 128, 200, 300, 512, 1100, 2048)
 
 
 @needs_gpu

@@ -49,6 +49,11 @@ __device__ inline void copy_box(void *to, const CUtensorMap &map, int column, in
       : "memory");
 }
 
+// A map on its way to where copies look it up.
+__device__ inline void prefetch_map(const CUtensorMap &map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
 // ---- clusters ----
 
 // Such a box to the same place in every block of the cluster that `blocks` has a bit for, and counted by the barrier

@@ -3,11 +3,11 @@
 //
 // A block of threads takes a run of tiles of 16 rows, one a warp, and all columns or a part of them; where it has more
 // tiles than warps it goes through the columns several times. Weights come into registers, a chunk ahead, are decoded and
-// scaled there and are the first operand of a warpgroup's products; tokens come through a ring in shared memory that one
-// thread fills. Where rows are too few for all multiprocessors, several blocks ("splits") share the columns of the same
-// rows. Each leaves its sums, and when all have, each adds up a share of them, in the order of the columns. They are
-// neighbours, so that they run at the same time: blocks that wait for others that have no place yet are the last ones,
-// and those before them leave.
+// scaled there and are the first operand of a warpgroup's products, while other warpgroups decode; tokens come through a
+// ring in shared memory that one thread fills. Where rows are too few for all multiprocessors, several blocks ("splits")
+// share the columns of the same rows. Each leaves its sums, and when all have, each adds up a share of them, in the order of
+// the columns. They are neighbours, so that they run at the same time: blocks that wait for others that have no place yet
+// are the last ones, and those before them leave.
 #include <algorithm>
 
 #include "hopper.cuh"
@@ -24,10 +24,14 @@ constexpr int warpgroups = 4, warps = warpgroups * 4, multiplying_threads = warp
 constexpr int copying_threads = 128, threads = multiplying_threads + copying_threads;  // one of them copies
 constexpr int multiplying_registers = 112, copying_registers = 24;  // together not more than the kernel starts with
 constexpr int chunk_bytes = 2048, chunk_vectors = chunk_bytes / 512;  // codes of a row tile; 16-byte loads of a lane
+constexpr int chunks_announced = 2;  // ahead of the one that comes into registers
 constexpr int most_splits = 8;
 
 template <weight_kind kind>
 constexpr int chunk_blocks = chunk_bytes / tile_bytes(kind);
+
+template <int n>  // whether registers hold two chunks besides the sums of n tokens
+constexpr bool room_for_two = n <= 64;
 
 // The ring of stages, each n tokens of a block of columns.
 constexpr int most_stages = 16, shared_bytes_at_most = 227 * 1024;
@@ -51,7 +55,7 @@ struct some_arguments {
   int tiles, more;  // of the splits of one group of rows; the first `more` groups have one more
   int passes, pass_tiles;
   uint32_t *counts;  // [groups], zero
-  float *parts;      // [groups, splits, n / 2, multiplying_threads]
+  float4 *parts;     // [groups, splits, n / 8, multiplying_threads]
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -93,6 +97,16 @@ struct ring {
 
 // ---- tokens ----
 
+template <int n>
+__device__ void prepare(const CUtensorMap &x, stage_barriers &barriers) {
+  prefetch_map(x);
+  for (int i = 0; i < stages<n>; i++) {
+    init_barrier(&barriers.full[i], 1);
+    init_barrier(&barriers.empty[i], warpgroups);
+  }
+  publish_barriers();
+}
+
 template <weight_kind kind, int n>
 __device__ void fetch_tokens(const division &by, const CUtensorMap &x, stage_barriers &barriers, uint8_t *shared) {
   ring<stages<n>, 1> at;
@@ -108,6 +122,20 @@ __device__ void fetch_tokens(const division &by, const CUtensorMap &x, stage_bar
 
 // ---- weights ----
 
+// Not `.nc`, as others load weights: the compiler moves such loads down to just before they are waited for.
+__device__ uint4 fetch_codes(const void *from, uint64_t policy) {
+  uint4 v;
+  asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from), "l"(policy) : "memory");
+  return v;
+}
+__device__ __half2 fetch_scales(const __half2 *from, uint64_t policy) {
+  uint32_t bits;
+  asm volatile("ld.global.L1::no_allocate.L2::cache_hint.u32 %0, [%1], %2;"
+               : "=r"(bits) : "l"(from), "l"(policy) : "memory");
+  return *reinterpret_cast<__half2 *>(&bits);
+}
+
 // A lane's part of a chunk.
 template <weight_kind kind>
 struct weight_chunk {
@@ -115,8 +143,8 @@ struct weight_chunk {
   __half2 scales[chunk_blocks<kind>];
 };
 
-// A warp's tiles, pass after pass, on their way into registers.
-template <weight_kind kind>
+// A warp's tiles, pass after pass, on their way into registers, and `announced`: to L2 before.
+template <weight_kind kind, bool announced>
 struct weight_stream {
   static constexpr int blocks = chunk_blocks<kind>, vectors = decoder<kind>::vectors;
   const some_arguments &args;
@@ -138,13 +166,28 @@ struct weight_stream {
     codes = args.w.codes + block * tile_bytes(kind) + lane * 16;
     scales = args.w.scales + block * 8 + lane / 4;
   }
-  // Block i of the next chunk; a chunk's blocks are fetched in order, then `step` goes on.
-  __device__ void fetch(weight_chunk<kind> &to, int i) {
-    if (!present) return;
+  // n blocks of the next chunk; after its last one the stream goes on.
+  template <int first, int n>
+  __device__ void fetch(weight_chunk<kind> &to) {
+    if (present) {
+      if (first == 0 && announced) announce_chunk();
 #pragma unroll
-    for (int j = 0; j < vectors; j++)
-      to.codes[i * vectors + j] = load_weights(codes + (i * vectors + j) * 512, policy);
-    if constexpr (decoder<kind>::scaled) to.scales[i] = load_scales(scales + i * 8, policy);
+      for (int i = first; i < first + n; i++) {
+#pragma unroll
+        for (int j = 0; j < vectors; j++)
+          to.codes[i * vectors + j] = fetch_codes(codes + (i * vectors + j) * 512, policy);
+        if constexpr (decoder<kind>::scaled) to.scales[i] = fetch_scales(scales + i * 8, policy);
+      }
+    }
+    if (first + n == blocks) step();
+  }
+  // A line of codes a lane, and one of scales.
+  __device__ void announce_chunk() const {
+    if (chunk + chunks_announced >= by.chunks) return;
+    int lane = threadIdx.x % 32;
+    const void *line = lane < 16 ? codes + chunks_announced * chunk_bytes + lane * (128 - 16)
+                                 : static_cast<const void *>(scales + chunks_announced * blocks * 8);
+    if (lane <= 16) asm volatile("prefetch.global.L2 [%0];" ::"l"(line) : "memory");
   }
   __device__ void step() {
     codes += chunk_bytes;
@@ -159,19 +202,18 @@ struct weight_stream {
 // ---- barriers ----
 
 // Barrier 0 is the whole block's, 1 that of those who multiply, the others are for each warpgroup.
-__device__ void wait_for_block() { asm volatile("bar.sync 0;" ::: "memory"); }
+__device__ void wait_for_block() { asm volatile("bar.sync 0, %0;" ::"n"(threads) : "memory"); }
+__device__ void arrive_at_block() { asm volatile("bar.arrive 0, %0;" ::"n"(threads) : "memory"); }
 __device__ void wait_for_multipliers() { asm volatile("bar.sync 1, %0;" ::"n"(multiplying_threads) : "memory"); }
 __device__ void wait_for_warpgroup() { asm volatile("bar.sync %0, 128;" ::"r"(2 + int(threadIdx.x) / 128) : "memory"); }
 
-__device__ uint32_t count_one(uint32_t *count) {  // what was written before is seen by who has seen the count
-  uint32_t before;
-  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(count) : "memory");
-  return before;
+// What a block wrote before it counts itself in is seen by who has seen it counted.
+__device__ void count_in(uint32_t *count) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory");
 }
-__device__ uint32_t look_at(const uint32_t *count) {
-  uint32_t value;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(count) : "memory");
-  return value;
+__device__ void wait_for_count(uint32_t *count, uint32_t wanted) {
+  uint32_t value = 0;
+  while (value < wanted) asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(count) : "memory");
 }
 
 // ---- multiplying ----
@@ -179,67 +221,67 @@ __device__ uint32_t look_at(const uint32_t *count) {
 template <weight_kind kind, int n>
 struct multiplier {
   static constexpr int blocks = chunk_blocks<kind>, sums_of_thread = n / 2;
-  // One product is in flight while the next block is decoded into other registers, where there are enough of them.
-  static constexpr int buffers = n <= 64 && blocks % 2 == 0 ? 2 : 1;
+
 
   const some_arguments &args;
   const division &by;
   uint8_t *shared;
   stage_barriers &barriers;
   decoder<kind> decode;
-  weight_stream<kind> &stream;
+  weight_stream<kind, !room_for_two<n>> &stream;
   weight_chunk<kind> &weights;
   ring<stages<n>, blocks> tokens;
-  int busy;  // the stage before this chunk's first whose product is in flight, or -1
   float sums[sums_of_thread];
 
   __device__ void release(int stage) {
-    if (stage >= 0 && threadIdx.x % 128 == 0) arrive(&barriers.empty[stage]);
+    if (threadIdx.x % 128 == 0) arrive(&barriers.empty[stage]);
   }
 
-  __device__ void multiply_block(int i, const uint32_t (&a)[4][4]) {
+  // Without room for a second chunk, half of the next one takes the place of that half of this one which was decoded, once
+  // the other half is there: whoever waits for one load waits for all before it.
+  __device__ void refill(int i, bool first_chunk) {
+    constexpr int half = blocks / 2;
+    if (i == 0 && !first_chunk) stream.template fetch<half, half>(weights);
+    if (i == half) stream.template fetch<0, half>(weights);
+  }
+
+  __device__ void multiply_block(int i, bool first_chunk) {
     int stage = tokens.stage + i;
     uint64_t b = describe_operand(shared + tokens_at) + stage * (stage_bytes<n> >> 4);
+    uint32_t a[4][4];
+    decode_tile<kind>(a, &weights.codes[i * decoder<kind>::vectors], weights.scales[i], decode);
+    if constexpr (!room_for_two<n>) refill(i, first_chunk);
     wait_barrier(&barriers.full[stage], tokens.parity);
     products_begin();
 #pragma unroll
     for (int step = 0; step < 4; step++) warpgroup_product<n>(sums, a[step], b + step * operand_step);
     products_commit();
-    products_wait<buffers - 1>();
-    release(buffers == 1 ? stage : i > 0 ? stage - 1 : busy);
+    products_wait<0>();
+    release(stage);
   }
 
-  __device__ void multiply_pass(bool present) {
-    uint32_t a[buffers][4][4] = {};
-    busy = -1;
-    for (int chunk = 0; chunk < by.chunks; chunk++) {
+  __device__ void multiply_pass(bool first_chunk) {
+#pragma unroll 1
+    for (int chunk = 0; chunk < by.chunks; chunk++, tokens.next()) {
+      weight_chunk<kind> next;
+      if constexpr (room_for_two<n>) stream.template fetch<0, blocks>(next);
 #pragma unroll
-      for (int i = 0; i < blocks; i++) {
-        if (present)
-          decode_tile<kind>(a[i % buffers], &weights.codes[i * decoder<kind>::vectors], weights.scales[i], decode);
-        stream.fetch(weights, i);
-        multiply_block(i, a[i % buffers]);
-      }
-      stream.step();
-      busy = tokens.stage + blocks - 1;
-      tokens.next();
+      for (int i = 0; i < blocks; i++) multiply_block(i, first_chunk);
+      if constexpr (room_for_two<n>) weights = next;
+      first_chunk = false;
     }
-    products_wait<0>();
-    if (buffers > 1) release(busy);
   }
 
   // A warpgroup without tiles lets the tokens pass, together, as a warp left far behind would miss a whole round of the
-  // ring; the first weights of its next pass may come meanwhile.
+  // ring. It has no tiles in passes to come, either.
   __device__ void skip_pass() {
     for (int chunk = 0; chunk < by.chunks; chunk++, tokens.next()) {
-#pragma unroll
+#pragma unroll 1
       for (int i = 0; i < blocks; i++) {
         wait_barrier(&barriers.full[tokens.stage + i], tokens.parity);
         wait_for_warpgroup();
         release(tokens.stage + i);
-        stream.fetch(weights, i);
       }
-      stream.step();
     }
   }
 
@@ -275,67 +317,82 @@ struct multiplier {
       for_each_sum(tile, [&](int64_t i, float sum) { y[i] = sum * unit; });
   }
 
-  __device__ float *part_of(int split) const {
-    return args.parts + int64_t(by.group * args.splits + split) * sums_of_thread * multiplying_threads + threadIdx.x;
-  }
-
-  // This split's share of all splits' sums, as many at once as there are registers for.
+  // This split's share of what the same warps of all splits left, four sums at a time and as many as there are registers for.
   template <int splits>
   __device__ void join(int tile, float unit) const {
-    constexpr int share = sums_of_thread / splits, batch = share < 32 / splits ? share : 32 / splits;
-    for (int first = 0; first < share; first += batch) {
-      float v[batch][splits];
+    constexpr int fours = sums_of_thread / 4, share = (fours + splits - 1) / splits, at_once = most_splits / splits;
+    const float4 *parts = args.parts + int64_t(by.group) * splits * fours * multiplying_threads + threadIdx.x;
+    int end = min(by.split * share + share, fours);
+#pragma unroll 1
+    for (int first = by.split * share; first < end; first += at_once) {
+      float4 v[at_once][splits];
 #pragma unroll
-      for (int split = 0; split < splits; split++)
+      for (int i = 0; i < at_once; i++)
 #pragma unroll
-        for (int i = 0; i < batch; i++)
-          v[i][split] = first + i < share
-                            ? __ldcg(part_of(split) + (by.split * share + first + i) * multiplying_threads) : 0.f;
+        for (int split = 0; split < splits; split++)
+          v[i][split] = first + i < end ? __ldcg(parts + (split * fours + first + i) * multiplying_threads) : float4();
 #pragma unroll
-      for (int i = 0; i < batch; i++) {
-        float sum = 0;
+      for (int i = 0; i < at_once; i++) {
+        float4 sum = v[i][0];
 #pragma unroll
-        for (int split = 0; split < splits; split++) sum += v[i][split];
-        int at = by.split * share + first + i;
-        if (first + i < share && token_of(at) < args.tokens && row_of(tile, at) < args.w.rows)
-          store_result(args.out, token_of(at), row_of(tile, at), sum * unit);
+        for (int split = 1; split < splits; split++)
+          sum.x += v[i][split].x, sum.y += v[i][split].y, sum.z += v[i][split].z, sum.w += v[i][split].w;
+        if (first + i < end) store_four(tile, first + i, sum, unit);
       }
     }
   }
 
-  __device__ void join_splits(float unit) {
-    float *part = part_of(by.split);
+  __device__ void store_four(int tile, int four, const float4 &sum, float unit) const {
+    float v[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
-    for (int i = 0; i < sums_of_thread; i++) __stcg(part + i * multiplying_threads, sums[i]);
-    wait_for_multipliers();
-    uint32_t *count = args.counts + by.group;
-    if (threadIdx.x == 0) {
-      count_one(count);
-      while (look_at(count) < uint32_t(args.splits)) {
-      }
+    for (int i = 0; i < 4; i++) {
+      int token = token_of(4 * four + i);
+      int64_t row = row_of(tile, i);
+      if (token < args.tokens && row < args.w.rows) store_result(args.out, token, row, v[i] * unit);
     }
-    wait_for_multipliers();
+  }
+
+  __device__ void leave_part() const {
+    constexpr int fours = sums_of_thread / 4;
+    float4 *part = args.parts + int64_t(by.group * args.splits + by.split) * fours * multiplying_threads + threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < fours; i++)
+      __stcg(part + i * multiplying_threads, make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]));
+  }
+
+  __device__ void join_splits(float unit) const {
     int warp = threadIdx.x / 32, tile = by.first_tile + warp;
-    if (warp < by.tiles) {
-      if (args.splits == 2) join<2>(tile, unit);
-      if (args.splits == 4) join<4>(tile, unit);
-      if (args.splits == 8) join<8>(tile, unit);
+    if (warp < by.tiles) leave_part();
+    wait_for_multipliers();
+    uint32_t *count = args.counts + by.group, splits = args.splits;
+    if (threadIdx.x == 0) {
+      count_in(count);
+      wait_for_count(count, splits);
     }
-    if (threadIdx.x == 0 && count_one(count) == uint32_t(2 * args.splits - 1)) *count = 0;  // the last to have seen it
+    wait_for_multipliers();
+    if (warp < by.tiles) {
+      if (splits == 2) join<2>(tile, unit);
+      if (splits == 4) join<4>(tile, unit);
+      if (splits == 8) join<8>(tile, unit);
+    }
+    if (threadIdx.x == 0 && atomicAdd(count, 1) == 2 * splits - 1) *count = 0;  // the last to have seen it
   }
 
-  __device__ void run(float unit) {
+  // Read at the end: to wait for it is to wait for the first weights, too.
+  __device__ float unit() const { return decoder<kind>::scaled ? *args.w.unit : 1.f; }
+
+  __device__ void run() {
     int warp = threadIdx.x / 32;
     for (int pass = 0; pass < by.passes; pass++) {
       int tiles = by.tiles_of(pass);
 #pragma unroll
       for (int i = 0; i < sums_of_thread; i++) sums[i] = 0;
       if (warp / 4 * 4 < tiles)
-        multiply_pass(warp < tiles);
+        multiply_pass(pass == 0);
       else
         skip_pass();
-      if (args.splits > 1) return join_splits(unit);
-      if (warp < tiles) write_tile(by.first_of(pass) + warp, unit);
+      if (args.splits > 1) return join_splits(unit());
+      if (warp < tiles) write_tile(by.first_of(pass) + warp, unit());
     }
   }
 };
@@ -347,29 +404,22 @@ __device__ void multiply_some(const some_arguments &args, const CUtensorMap &x, 
   division by(args, chunk_blocks<kind>);
   if (threadIdx.x >= multiplying_threads) {
     limit_registers<copying_registers>();
-    int thread = threadIdx.x - multiplying_threads;
-    if (thread < most_stages) {
-      init_barrier(&barriers.full[thread], 1);
-      init_barrier(&barriers.empty[thread], warpgroups);
-      publish_barriers();
-    }
-    wait_for_block();
+    if (threadIdx.x == multiplying_threads) prepare<n>(x, barriers);
+    __syncwarp();
+    arrive_at_block();
     wait_for_kernel_before();
-    if (thread == 0) fetch_tokens<kind, n>(by, x, barriers, shared);
+    if (threadIdx.x == multiplying_threads) fetch_tokens<kind, n>(by, x, barriers, shared);
   } else {
     take_registers<multiplying_registers>();
-    weight_stream<kind> stream(args, by);
+    weight_stream<kind, !room_for_two<n>> stream(args, by);
     weight_chunk<kind> weights = {};
-#pragma unroll
-    for (int i = 0; i < chunk_blocks<kind>; i++) stream.fetch(weights, i);
-    stream.step();
-    float unit = decoder<kind>::scaled ? *args.w.unit : 1.f;
+    stream.template fetch<0, chunk_blocks<kind>>(weights);
     if constexpr (kind == weight_kind::nf4) fill_pair_table(shared, args.codebook, multiplying_threads);
     wait_for_block();
     wait_for_kernel_before();
     decoder<kind> decode = {shared_address(shared) - shared_start + threadIdx.x % 32 * 4};
     multiplier<kind, n> m = {args, by, shared, barriers, decode, stream, weights};
-    m.run(unit);
+    m.run();
   }
 }
 #endif
@@ -434,7 +484,7 @@ cudaError_t launch_shape(const product_call &call) {
   args.tiles = int(call.w.row_tiles) / plan.groups, args.more = int(call.w.row_tiles) % plan.groups;
   args.passes = plan.passes, args.pass_tiles = plan.pass_tiles;
   args.counts = static_cast<uint32_t *>(call.workspace);
-  args.parts = reinterpret_cast<float *>(static_cast<uint8_t *>(call.workspace) + workspace_zero_bytes);
+  args.parts = reinterpret_cast<float4 *>(static_cast<uint8_t *>(call.workspace) + workspace_zero_bytes);
   status = cudaFuncSetAttribute(product_some<kind, n>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes<n>);
   if (status != cudaSuccess) return status;
   return launch(call, product_some<kind, n>, dim3(unsigned(plan.groups * plan.splits)), dim3(threads), shared_bytes<n>,
