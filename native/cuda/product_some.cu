@@ -146,6 +146,11 @@ struct weight_stream {
       to.codes[i * vectors + j] = load_weights(codes + (i * vectors + j) * 512, policy);
     if constexpr (decoder<kind>::scaled) to.scales[i] = load_scales(scales + i * 8, policy);
   }
+  __device__ void fetch(weight_chunk<kind> &to) {
+#pragma unroll
+    for (int i = 0; i < blocks; i++) fetch(to, i);
+    step();
+  }
   __device__ void step() {
     codes += chunk_bytes;
     scales += blocks * 8;
@@ -181,6 +186,9 @@ struct multiplier {
   static constexpr int blocks = chunk_blocks<kind>, sums_of_thread = n / 2;
   // One product is in flight while the next block is decoded into other registers, where there are enough of them.
   static constexpr int buffers = n <= 64 && blocks % 2 == 0 ? 2 : 1;
+  // And so is a whole chunk, for few tokens. All loads of the loop wait on one scoreboard, so that who waits for one waits for all that are
+  // on their way: a chunk is asked for when the one before has come.
+  static constexpr bool ahead = n <= 16;
 
   const some_arguments &args;
   const division &by;
@@ -188,7 +196,7 @@ struct multiplier {
   stage_barriers &barriers;
   decoder<kind> decode;
   weight_stream<kind> &stream;
-  weight_chunk<kind> &weights;
+  weight_chunk<kind> &weights, next;
   ring<stages<n>, blocks> tokens;
   int busy;  // the stage before this chunk's first whose product is in flight, or -1
   float sums[sums_of_thread];
@@ -213,14 +221,16 @@ struct multiplier {
     uint32_t a[buffers][4][4] = {};
     busy = -1;
     for (int chunk = 0; chunk < by.chunks; chunk++) {
+      if (ahead) stream.fetch(next);
 #pragma unroll
       for (int i = 0; i < blocks; i++) {
-        if (present)
+        if (ahead || present)
           decode_tile<kind>(a[i % buffers], &weights.codes[i * decoder<kind>::vectors], weights.scales[i], decode);
-        stream.fetch(weights, i);
+        if (!ahead) stream.fetch(weights, i);
         multiply_block(i, a[i % buffers]);
       }
-      stream.step();
+      if (ahead) weights = next;
+      else stream.step();
       busy = tokens.stage + blocks - 1;
       tokens.next();
     }
@@ -360,15 +370,13 @@ __device__ void multiply_some(const some_arguments &args, const CUtensorMap &x, 
     take_registers<multiplying_registers>();
     weight_stream<kind> stream(args, by);
     weight_chunk<kind> weights = {};
-#pragma unroll
-    for (int i = 0; i < chunk_blocks<kind>; i++) stream.fetch(weights, i);
-    stream.step();
+    stream.fetch(weights);
     float unit = decoder<kind>::scaled ? *args.w.unit : 1.f;
     if constexpr (kind == weight_kind::nf4) fill_pair_table(shared, args.codebook, multiplying_threads);
     wait_for_block();
     wait_for_kernel_before();
     decoder<kind> decode = {shared_address(shared) - shared_start + threadIdx.x % 32 * 4};
-    multiplier<kind, n> m = {args, by, shared, barriers, decode, stream, weights};
+    multiplier<kind, n> m = {args, by, shared, barriers, decode, stream, weights, {}};
     m.run(unit);
   }
 }
