@@ -64,6 +64,8 @@ static way choose(const product_context &context, const packed_matrix &w, int to
   int dense_from = context.hopper ? 1024 : 64, at_once = few_tokens_at_once(context, w);
   if (at_once == 0 && !context.hopper) dense_from = 1;  // rows too long for the shared memory of a small GPU
   if (tokens >= dense_from && can_multiply_dense(context, w)) return way::dense;
+  bool much = w.kind == weight_kind::nf4 && w.row_tiles * w.col_blocks >= int64_t(300) * context.multiprocessors;
+  if (context.hopper && tokens > 8 && tokens <= some_tokens && much) return way::some;
   if (!context.hopper || tokens <= at_once) return way::few;
   return tokens <= some_tokens && w.kind != weight_kind::bf16 ? way::some : way::many;
 }

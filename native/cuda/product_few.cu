@@ -10,8 +10,9 @@
 // where there are few, the warps form teams, each with other tiles. Long tokens are shared out, by columns, to a cluster of
 // two or four blocks, which has more tiles instead; its blocks send each other their sums.
 //
-// After the kernel before only tokens are waited for, by each warp for its own. Lookups limit what follows, and short
-// kernels the fetching of their instructions: more loads on their way make neither faster.
+// After the kernel before only tokens are waited for, by each warp for its own. All loads of the loop wait on one scoreboard:
+// who waits for one waits for all that are on their way. So where there are registers for two chunks, one is asked for as a
+// whole when the one before has come.
 #include "beside_warps.cuh"
 #include "few.cuh"
 #include "hopper.cuh"
@@ -183,6 +184,11 @@ struct weight_stream {
       to.codes[i * vectors + j] = load_weights(codes + (i * vectors + j) * 512, policy);
     if (decoder<kind>::scaled && i == span - 1) to.scales = load_scales(scales, policy);
   }
+  __device__ void fetch(weight_chunk<kind, span> &to) {
+#pragma unroll
+    for (int i = 0; i < span; i++) fetch(to, i);
+    step();
+  }
   __device__ void step() {
     int blocks = args.divided.tile_blocks * args.divided.teams;
     codes += int64_t(blocks) * tile_bytes(kind);
@@ -326,6 +332,7 @@ __device__ void join_blocks(uint8_t *shared, const few_arguments &args, const di
 // A warp on its way.
 template <weight_kind kind, int span, int products>
 struct warp_run {
+  static constexpr bool ahead = kind == weight_kind::nf4 && products == 1;
   const few_arguments &args;
   const division &by;
   uint8_t *own;
@@ -344,14 +351,17 @@ struct warp_run {
     __syncwarp();  // sums may lie over the tokens
     to = reinterpret_cast<float *>(own + args.plan.sums);
   }
-  __device__ void multiply(weight_chunk<kind, span> &weights, weight_stream<kind, span> &stream) {
+  __device__ void multiply(weight_chunk<kind, span> &weights, weight_chunk<kind, span> &next,
+                           weight_stream<kind, span> &stream) {
     float sums[products][4] = {};
+    if (ahead) stream.fetch(next);
 #pragma unroll
     for (int i = 0; i < span; i++) {
       multiply_block<kind, span, products>(sums, weights, i, tokens.value[i], decode);
-      stream.fetch(weights, i);
+      if (!ahead) stream.fetch(weights, i);
     }
-    stream.step();
+    if (ahead) weights = next;
+    else stream.step();
     leave_sums<products>(to, sums, at.pass > 0);
     to += products * product_sums;
     if (at.step(args.divided, by)) begin();
@@ -371,10 +381,8 @@ template <weight_kind kind, int products, bool adapted>
 __device__ void multiply(const few_arguments &args, uint8_t *shared, const division &by) {
   constexpr int span = span_of(kind, products);
   weight_stream<kind, span> stream(args, by);
-  weight_chunk<kind, span> weights;
-#pragma unroll
-  for (int i = 0; i < span; i++) stream.fetch(weights, i);
-  stream.step();
+  weight_chunk<kind, span> weights, next;
+  stream.fetch(weights);
   if constexpr (kind == weight_kind::nf4) fill_pair_table(shared, args.codebook, args.warps * 32);
   float unit = decoder<kind>::scaled ? *args.w.unit : 1.f;
 #if __CUDA_ARCH__ >= 900
@@ -389,7 +397,7 @@ __device__ void multiply(const few_arguments &args, uint8_t *shared, const divis
   warp_run<kind, span, products> run(args, by, shared, own);
   while (!run.at.ended(by)) {
     int first = run.at.first;
-    do run.multiply(weights, stream);
+    do run.multiply(weights, next, stream);
     while (run.at.first == first);
     sync_multipliers<adapted>(args);
 #if __CUDA_ARCH__ >= 900
