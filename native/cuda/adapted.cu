@@ -93,6 +93,7 @@ bool adapted_members::are_lone(const adrt_executable &e, const adapter_call &cal
 bool adapted_members::fit_beside(adrt_executable &e, const packed_matrix &product, beside_call &beside) const {
   const segment_plan &s = segments(e);
   if (!chunks(e) || e.launches_beside >= most_launches_beside) return false;
+  if (tokens(e) > from_env("X_TOKENS", 99) || int(s.shrink_tiles.size()) > from_env("X_SLOTS", 99)) return false;
   beside = {e.beside_terms.as<beside_term>() + (head_ ? e.first_logit_term() : 0), int(s.shrink_tiles.size()),
             s.single ? 1 : std::min(shrink_tokens, tokens(e))};
   if (!one_term_each(e, beside.kind, beside.rank_pieces)) return false;

@@ -102,7 +102,7 @@ void make_attention_room(adrt_executable &e) {
 void make_record_room(adrt_executable &e) {
   const segment_plan &s = e.plan.tokens;
   bool common = std::any_of(e.acting.begin(), e.acting.end(), [](const host_attachment &a) { return a.v != nullptr; });
-  if (e.plan.n_tokens < least_recorded_tokens || !(common || (s.single && !s.stacked))) return;
+  if (e.plan.n_tokens < least_recorded() || !(common || (s.single && !s.stacked))) return;
   grow(e, e.record_memory, size_t(e.plan.n_tokens) * e.points.size() * sizeof(term_record), "adapters");
   e.records = e.record_memory.as<term_record>();
 }
