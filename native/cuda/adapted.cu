@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "panels.cuh"
+#include "split_shrink.cuh"
 
 namespace adaptrt {
 namespace {
@@ -85,8 +86,9 @@ bool adapted_members::one_term_each(const adrt_executable &e, weight_kind &kind,
 // Whether adapters are as lone.cuh says.
 bool adapted_members::are_lone(const adrt_executable &e, const adapter_call &call, lone_call &lone) const {
   const segment_plan &s = segments(e);
-  if (!chunks(e) || !s.single || s.stacked) return false;
+  if (!records(e) || !chunks(e) || s.stacked || !(s.single || tokens(e) <= few_tokens_of_lone)) return false;
   lone = {call, {}, 0, records(e)};
+  lone.call.n_tiles = tokens(e);
   return one_term_each(e, lone.kind, lone.rank_pieces);
 }
 
@@ -133,15 +135,27 @@ extend_call adapted_members::project(adrt_executable &e, const adapter_call &cal
   return later;
 }
 
+bool adapted_members::leaves_room(const adrt_executable &e) const {
+  return from_env("X_AFTER", 1) && leaves_room_after(e.products.context, members_[0].w, tokens(e));
+}
+
+void adapted_members::shrink_few(adrt_executable &e, const lone_call &lone, bool after_product) const {
+  launch_split_shrink(e.queue(), lone, e.beside_terms.as<beside_term>(), int(segments(e).shrink_tiles.size()),
+                      e.beside.bytes() + beside_bytes, after_product, e.multiprocessors);
+}
+
 extend_call adapted_members::before(adrt_executable &e, const adapter_call &call) const {
   extend_call left = project(e, call);
   const segment_plan &s = segments(e);
   adapter_call shrink = call;
   shrink.tiles = s.device_shrink_tiles, shrink.n_tiles = int32_t(s.shrink_tiles.size());
   lone_call lone;
-  if (records(e) && are_lone(e, call, lone))
-    launch_shrink_lone(e.queue(), lone, e.multiprocessors);
-  else
+  if (are_lone(e, call, lone)) {
+    if (tokens(e) > few_tokens_of_lone)
+      launch_shrink_lone(e.queue(), lone, e.multiprocessors);
+    else if (!leaves_room(e))
+      shrink_few(e, lone, false);
+  } else
     launch_shrink(e.queue(), shrink, chunks(e), e.multiprocessors);
   return left;
 }
@@ -149,7 +163,9 @@ extend_call adapted_members::before(adrt_executable &e, const adapter_call &call
 void adapted_members::after(adrt_executable &e, const adapter_call &call, const extend_call &left) const {
   if (left.n_members) launch_extend(e.queue(), left, e.multiprocessors);
   lone_call lone;
-  if (records(e) && are_lone(e, call, lone) && in_fours(call))
+  bool lone_ = are_lone(e, call, lone);
+  if (lone_ && tokens(e) <= few_tokens_of_lone && leaves_room(e)) shrink_few(e, lone, true);
+  if (lone_ && in_fours(call))
     launch_expand_lone(e.queue(), lone, e.multiprocessors);
   else if (std::any_of(members_.begin(), members_.end(),
                        [&](const product_member &m) { return m.bias || has_other(e, m); }))

@@ -44,6 +44,8 @@ class adapted_members {
   const term_record *records(const adrt_executable &e) const { return head_ ? nullptr : e.records; }
   bool one_term_each(const adrt_executable &e, weight_kind &kind, int &rank_pieces) const;
   bool are_lone(const adrt_executable &e, const adapter_call &call, lone_call &lone) const;
+  bool leaves_room(const adrt_executable &e) const;
+  void shrink_few(adrt_executable &e, const lone_call &lone, bool after_product) const;
   extend_call project(adrt_executable &e, const adapter_call &call) const;
 
   std::vector<product_member> members_;

@@ -8,6 +8,8 @@
 
 namespace adaptrt {
 
+constexpr int few_tokens_of_lone = 16;  // so many may have an adapter in common
+
 struct lone_call {
   adapter_call call;  // whose tiles have one token each
   weight_kind kind;   // of all factors

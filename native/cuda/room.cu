@@ -5,6 +5,7 @@
 
 #include "beside.cuh"
 #include "executable.cuh"
+#include "split_shrink.cuh"
 
 namespace adaptrt {
 namespace {
@@ -102,7 +103,7 @@ void make_attention_room(adrt_executable &e) {
 void make_record_room(adrt_executable &e) {
   const segment_plan &s = e.plan.tokens;
   bool common = std::any_of(e.acting.begin(), e.acting.end(), [](const host_attachment &a) { return a.v != nullptr; });
-  if (e.plan.n_tokens < least_recorded() || !(common || (s.single && !s.stacked))) return;
+  if (e.plan.n_tokens < least_recorded() || !(common || ((s.single || e.plan.n_tokens <= few_tokens_of_lone) && !s.stacked))) return;
   grow(e, e.record_memory, size_t(e.plan.n_tokens) * e.points.size() * sizeof(term_record), "adapters");
   e.records = e.record_memory.as<term_record>();
 }
@@ -125,7 +126,7 @@ void make_adapter_room(adrt_executable &e) {
   int64_t tokens_or_logits = std::max(e.plan.n_tokens, e.plan.n_logits);
   grow(e, e.projected, size_t(tokens_or_logits * projected) * sizeof(float), "adapters");
   make_record_room(e);
-  if (grow(e, e.beside, beside_bytes, "adapters"))
+  if (grow(e, e.beside, beside_bytes + split_shrink_bytes, "adapters"))
     check(cudaMemsetAsync(e.beside.bytes(), 0, e.beside.size(), e.queues.main), "adapters");
   size_t slots = e.plan.tokens.shrink_tiles.size() + e.plan.logits.shrink_tiles.size();
   grow(e, e.beside_terms, e.points.size() * slots * sizeof(beside_term), "adapters");
