@@ -87,9 +87,14 @@ bool adapted_members::one_term_each(const adrt_executable &e, weight_kind &kind,
 bool adapted_members::are_lone(const adrt_executable &e, const adapter_call &call, lone_call &lone) const {
   const segment_plan &s = segments(e);
   if (!records(e) || !chunks(e) || s.stacked || !(s.single || tokens(e) <= few_tokens_of_lone)) return false;
-  lone = {call, {}, 0, records(e)};
+  lone = {call, {}, 0, records(e), 1};
   lone.call.n_tiles = tokens(e);
-  return one_term_each(e, lone.kind, lone.rank_pieces);
+  if (!one_term_each(e, lone.kind, lone.rank_pieces)) return false;
+  if (tokens(e) > few_tokens_of_lone) return true;
+  int64_t units = int64_t(s.shrink_tiles.size()) * call.n_members * lone.rank_pieces, blocks = (call.cols + BLOCK - 1) / BLOCK;
+  lone.splits = int(std::max<int64_t>(1, std::min<int64_t>({most_splits_of_lone, blocks / 4, from_env("X_UNITS", 132) / units})));
+  lone.split_stride = s.hidden_rows * call.hidden_width;
+  return true;
 }
 
 bool adapted_members::fit_beside(adrt_executable &e, const packed_matrix &product, beside_call &beside) const {
@@ -140,8 +145,7 @@ bool adapted_members::leaves_room(const adrt_executable &e) const {
 }
 
 void adapted_members::shrink_few(adrt_executable &e, const lone_call &lone, bool after_product) const {
-  launch_split_shrink(e.queue(), lone, e.beside_terms.as<beside_term>(), int(segments(e).shrink_tiles.size()),
-                      e.beside.bytes() + beside_bytes, after_product, e.multiprocessors);
+  launch_split_shrink(e.queue(), lone, e.beside_terms.as<beside_term>(), int(segments(e).shrink_tiles.size()), after_product);
 }
 
 extend_call adapted_members::before(adrt_executable &e, const adapter_call &call) const {

@@ -127,23 +127,31 @@ struct beside_warps {
     for (int i = lane * 16; i < bytes; i += warp_size * 16) copy_16(v_room() + i, u.codes + i);
   }
 
-  // In lane 4g + t: ranks g and g + 8 by tokens 2t and 2t + 1. `fetched` pieces are in shared memory.
-  __device__ void multiply_unit(const unit &u, int fetched, float sums[4]) const {
-    constexpr int together = 2;
-    const uint8_t *ahead = v_room();
-#pragma unroll 1
-    for (int first = 0; first < u.blocks; first += together) {
-      uint4 values[together][2];
-      float by[together][2];
+  // Two blocks of columns of the lane's token, and what V's codes there are times.
+  struct unit_input {
+    uint4 x[2][2];
+    float by[2][2];
+    __device__ void load(const unit &u, int first) {
 #pragma unroll
-      for (int i = 0; i < 2 * together; i++) {
+      for (int i = 0; i < 4; i++) {
         int block = min(first + i / 2, u.blocks - 1);
         bool there = first + i / 2 < u.blocks;
-        values[i / 2][i % 2] = reinterpret_cast<const uint4 *>(u.x + block * BLOCK)[i % 2];
+        x[i / 2][i % 2] = reinterpret_cast<const uint4 *>(u.x + block * BLOCK)[i % 2];
         by[i / 2][i % 2] = there && kind != weight_kind::bf16 ? __ldg(u.scales + block * panel_ranks + i % 2 * 8) : there;
       }
+    }
+  };
+
+  // In lane 4g + t: ranks g and g + 8 by tokens 2t and 2t + 1. `fetched` pieces are in shared memory.
+  __device__ void multiply_unit(const unit &u, int fetched, float sums[4]) const {
+    const uint8_t *ahead = v_room();
+    unit_input now, next;
+    now.load(u, 0);
+#pragma unroll 1
+    for (int first = 0; first < u.blocks; first += 2, now = next) {
+      if (first + 2 < u.blocks) next.load(u, first + 2);
 #pragma unroll
-      for (int i = 0; i < together; i++) {
+      for (int i = 0; i < 2; i++) {
         int block = min(first + i, u.blocks - 1);
         const uint8_t *codes = (block < fetched ? ahead : u.codes) + block * piece_bytes;
         float sum[4] = {};
@@ -153,10 +161,10 @@ struct beside_warps {
           uint32_t a[4];
           words.load(codes + step_words<kind>::place(s));
           words.operand(a);
-          multiply_add(sum, a, word_of(values[i][s / 2], s % 2 * 2), word_of(values[i][s / 2], s % 2 * 2 + 1));
+          multiply_add(sum, a, word_of(now.x[i][s / 2], s % 2 * 2), word_of(now.x[i][s / 2], s % 2 * 2 + 1));
         }
 #pragma unroll
-        for (int k = 0; k < 4; k++) sums[k] += by[i][k / 2] * sum[k];
+        for (int k = 0; k < 4; k++) sums[k] += now.by[i][k / 2] * sum[k];
       }
     }
   }

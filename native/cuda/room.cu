@@ -5,7 +5,7 @@
 
 #include "beside.cuh"
 #include "executable.cuh"
-#include "split_shrink.cuh"
+#include "lone.cuh"
 
 namespace adaptrt {
 namespace {
@@ -122,11 +122,12 @@ void make_adapter_room(adrt_executable &e) {
     dense_form(e, *a.u);
   }
   int64_t rows = std::max(e.plan.tokens.hidden_rows, e.plan.logits.hidden_rows);
-  grow(e, e.hidden, size_t(rows * width) * sizeof(float), "adapters");
+  int splits = e.plan.n_tokens <= few_tokens_of_lone ? most_splits_of_lone : 1;
+  grow(e, e.hidden, size_t(splits * rows * width) * sizeof(float), "adapters");
   int64_t tokens_or_logits = std::max(e.plan.n_tokens, e.plan.n_logits);
   grow(e, e.projected, size_t(tokens_or_logits * projected) * sizeof(float), "adapters");
   make_record_room(e);
-  if (grow(e, e.beside, beside_bytes + split_shrink_bytes, "adapters"))
+  if (grow(e, e.beside, beside_bytes, "adapters"))
     check(cudaMemsetAsync(e.beside.bytes(), 0, e.beside.size(), e.queues.main), "adapters");
   size_t slots = e.plan.tokens.shrink_tiles.size() + e.plan.logits.shrink_tiles.size();
   grow(e, e.beside_terms, e.points.size() * slots * sizeof(beside_term), "adapters");
