@@ -187,6 +187,8 @@ def test_few_streams_with_stacks_of_their_own(tokens: int, dtype: str) -> None:
         [(0,)] * tokens,
         [(i % 2,) for i in range(tokens)],
         [tuple((i + k) % 5 for k in range(i % 4)) for i in range(tokens)],
+        [(0,) if i < tokens // 3 else () for i in range(tokens)],
+        [(0,) if i >= tokens // 3 else () for i in range(tokens)],
     ]
     ours, theirs = load(both), reference(both)
     for executable in (ours, theirs):

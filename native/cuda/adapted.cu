@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "panels.cuh"
-#include "split_shrink.cuh"
 
 namespace adaptrt {
 namespace {
@@ -83,24 +82,24 @@ bool adapted_members::one_term_each(const adrt_executable &e, weight_kind &kind,
   return true;
 }
 
-// Whether adapters are as lone.cuh says.
+// Whether adapters are as lone.cuh says. Few tokens may have one in common, too.
 bool adapted_members::are_lone(const adrt_executable &e, const adapter_call &call, lone_call &lone) const {
   const segment_plan &s = segments(e);
-  if (!records(e) || !chunks(e) || s.stacked || !(s.single || tokens(e) <= few_tokens_of_lone)) return false;
-  lone = {call, {}, 0, records(e), 1};
+  bool few = tokens(e) <= few_tokens_of_lone;
+  if (!records(e) || !chunks(e) || s.stacked || !(s.single || few) || !in_fours(call)) return false;
+  lone = {call, {}, 0, records(e), 1, tokens(e) * call.hidden_width};
   lone.call.n_tiles = tokens(e);
   if (!one_term_each(e, lone.kind, lone.rank_pieces)) return false;
-  if (tokens(e) > few_tokens_of_lone) return true;
-  int64_t units = int64_t(s.shrink_tiles.size()) * call.n_members * lone.rank_pieces, blocks = (call.cols + BLOCK - 1) / BLOCK;
-  lone.splits = int(std::max<int64_t>(1, std::min<int64_t>({most_splits_of_lone, blocks / 4, from_env("X_UNITS", 132) / units})));
-  lone.split_stride = s.hidden_rows * call.hidden_width;
+  if (few) lone.splits = splits_of_shrink(lone, int(s.shrink_tiles.size()), e.multiprocessors);
   return true;
 }
 
-bool adapted_members::fit_beside(adrt_executable &e, const packed_matrix &product, beside_call &beside) const {
+bool adapted_members::fit_beside(adrt_executable &e, const adapter_call &call, const packed_matrix &product,
+                                 beside_call &beside) const {
   const segment_plan &s = segments(e);
+  lone_call lone;
   if (!chunks(e) || e.launches_beside >= most_launches_beside) return false;
-  if (tokens(e) > from_env("X_TOKENS", 99) || int(s.shrink_tiles.size()) > from_env("X_SLOTS", 99)) return false;
+  if (int(s.shrink_tiles.size()) > most_slots_beside && are_lone(e, call, lone)) return false;
   beside = {e.beside_terms.as<beside_term>() + (head_ ? e.first_logit_term() : 0), int(s.shrink_tiles.size()),
             s.single ? 1 : std::min(shrink_tokens, tokens(e))};
   if (!one_term_each(e, beside.kind, beside.rank_pieces)) return false;
@@ -140,37 +139,31 @@ extend_call adapted_members::project(adrt_executable &e, const adapter_call &cal
   return later;
 }
 
-bool adapted_members::leaves_room(const adrt_executable &e) const {
-  return from_env("X_AFTER", 1) && leaves_room_after(e.products.context, members_[0].w, tokens(e));
-}
-
-void adapted_members::shrink_few(adrt_executable &e, const lone_call &lone, bool after_product) const {
-  launch_split_shrink(e.queue(), lone, e.beside_terms.as<beside_term>(), int(segments(e).shrink_tiles.size()), after_product);
-}
-
-extend_call adapted_members::before(adrt_executable &e, const adapter_call &call) const {
-  extend_call left = project(e, call);
+void adapted_members::shrink(adrt_executable &e, const adapter_call &call, const adapters_left &left) const {
   const segment_plan &s = segments(e);
-  adapter_call shrink = call;
-  shrink.tiles = s.device_shrink_tiles, shrink.n_tiles = int32_t(s.shrink_tiles.size());
-  lone_call lone;
-  if (are_lone(e, call, lone)) {
-    if (tokens(e) > few_tokens_of_lone)
-      launch_shrink_lone(e.queue(), lone, e.multiprocessors);
-    else if (!leaves_room(e))
-      shrink_few(e, lone, false);
-  } else
-    launch_shrink(e.queue(), shrink, chunks(e), e.multiprocessors);
+  adapter_call all = call;
+  all.tiles = s.device_shrink_tiles, all.n_tiles = int32_t(s.shrink_tiles.size());
+  if (!left.are_lone)
+    launch_shrink(e.queue(), all, chunks(e), e.multiprocessors);
+  else if (tokens(e) > few_tokens_of_lone)
+    launch_shrink_lone(e.queue(), left.lone, e.multiprocessors);
+  else
+    launch_split_shrink(e.queue(), left.lone, e.beside_terms.as<beside_term>(), all.n_tiles, left.shrink);
+}
+
+adapters_left adapted_members::before(adrt_executable &e, const adapter_call &call, const packed_matrix &product) const {
+  adapters_left left = {project(e, call)};
+  left.are_lone = are_lone(e, call, left.lone);
+  left.shrink = left.are_lone && leaves_room_after(e.products.context, product, tokens(e));
+  if (!left.shrink) shrink(e, call, left);
   return left;
 }
 
-void adapted_members::after(adrt_executable &e, const adapter_call &call, const extend_call &left) const {
-  if (left.n_members) launch_extend(e.queue(), left, e.multiprocessors);
-  lone_call lone;
-  bool lone_ = are_lone(e, call, lone);
-  if (lone_ && tokens(e) <= few_tokens_of_lone && leaves_room(e)) shrink_few(e, lone, true);
-  if (lone_ && in_fours(call))
-    launch_expand_lone(e.queue(), lone, e.multiprocessors);
+void adapted_members::after(adrt_executable &e, const adapter_call &call, const adapters_left &left) const {
+  if (left.common.n_members) launch_extend(e.queue(), left.common, e.multiprocessors);
+  if (left.shrink) shrink(e, call, left);
+  if (left.are_lone)
+    launch_expand_lone(e.queue(), left.lone, e.multiprocessors);
   else if (std::any_of(members_.begin(), members_.end(),
                        [&](const product_member &m) { return m.bias || has_other(e, m); }))
     launch_expand(e.queue(), call, segments(e).single, e.multiprocessors);

@@ -5,8 +5,6 @@
 // that was made of them (graph.cuh), and copies the logits back.
 #ifndef ADAPTRT_CUDA_EXECUTABLE_CUH
 #define ADAPTRT_CUDA_EXECUTABLE_CUH
-#include <stdlib.h>
-
 #include <map>
 #include <memory>
 #include <tuple>
@@ -88,11 +86,7 @@ struct host_attachment {
 };
 
 // Records are made for so many tokens: for fewer another launch is not worth it.
-inline int32_t from_env(const char *name, int32_t otherwise) {
-  const char *v = getenv(name);
-  return v ? atoi(v) : otherwise;
-}
-inline int32_t least_recorded() { return from_env("X_RECORD", 9); }
+constexpr int32_t least_recorded_tokens = 5;
 
 struct adapter {
   size_t bytes() const { return table.size() + vectors.size() + factor_bytes; }

@@ -71,6 +71,11 @@ __global__ void __maxnreg__(96) shrink_split(const __grid_constant__ split_call 
 
 }  // namespace
 
+int splits_of_shrink(const lone_call &lone, int n_slots, int multiprocessors) {
+  int units = n_slots * lone.call.n_members * lone.rank_pieces, blocks = int((lone.call.cols + BLOCK - 1) / BLOCK);
+  return std::max(1, std::min({most_splits_of_lone, blocks / warps, multiprocessors / units}));
+}
+
 void launch_split_shrink(const queue &q, const lone_call &lone, const beside_term *terms, int n_slots, bool after_product) {
   dim3 grid = {unsigned(lone.splits), unsigned(n_slots), unsigned(lone.call.n_members * lone.rank_pieces)};
   split_call s = {lone, terms, n_slots, after_product};

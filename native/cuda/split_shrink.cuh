@@ -7,6 +7,9 @@
 
 namespace adaptrt {
 
+// How many parts fill the GPU, with work for each.
+int splits_of_shrink(const lone_call &lone, int n_slots, int multiprocessors);
+
 // `after_product`: launched after the product that reads the same input, into the room that its blocks leave.
 void launch_split_shrink(const queue &q, const lone_call &lone, const beside_term *terms, int n_slots, bool after_product);
 

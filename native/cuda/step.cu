@@ -66,7 +66,7 @@ constexpr int32_t most_tokens_of_graph = 256;
 
 graph_key key_of_step(const adrt_executable &e) {
   const plan &p = e.plan;
-  graph_key key = {p.n_tokens, p.n_logits, p.gathers, p.adapted, p.separate, int64_t(e.acting_hash), from_env("X_RECORD", 9), from_env("X_TOKENS", 99), from_env("X_SLOTS", 99), from_env("X_AFTER", 1), from_env("X_UNITS", 132)};
+  graph_key key = {p.n_tokens, p.n_logits, p.gathers, p.adapted, p.separate, int64_t(e.acting_hash)};
   for (const segment_plan *s : {&p.tokens, &p.logits}) key.insert(key.end(), {s->single, s->stacked});
   for (const segment_plan *s : {&p.tokens, &p.logits})
     for (size_t count : {s->applications.size(), s->tiles.size(), s->shrink_tiles.size()}) key.push_back(int64_t(count));
