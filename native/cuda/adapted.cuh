@@ -6,7 +6,7 @@
 #include "beside.cuh"
 #include "executable.cuh"
 #include "lone.cuh"
-#include "split_shrink.cuh"
+#include "split.cuh"
 
 namespace adaptrt {
 
@@ -21,8 +21,8 @@ bool acts(const adrt_executable &e, int32_t target);
 // Once what is before a product is launched.
 struct adapters_left {
   extend_call common;
-  lone_call lone;
-  bool are_lone, shrink;  // whether `lone` says it all; whether V x is still to be launched
+  bool are_split;  // as `split` says; after the product with V x, or without
+  split_call split;
 };
 
 class adapted_members {
@@ -52,7 +52,7 @@ class adapted_members {
   const term_record *records(const adrt_executable &e) const { return head_ ? nullptr : e.records; }
   bool one_term_each(const adrt_executable &e, weight_kind &kind, int &rank_pieces) const;
   bool are_lone(const adrt_executable &e, const adapter_call &call, lone_call &lone) const;
-  void shrink(adrt_executable &e, const adapter_call &call, const adapters_left &left) const;
+  bool are_split(const adrt_executable &e, const adapter_call &call, split_call &split) const;
   extend_call project(adrt_executable &e, const adapter_call &call) const;
 
   std::vector<product_member> members_;

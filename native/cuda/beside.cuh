@@ -66,7 +66,7 @@ struct beside_call {
 };
 
 constexpr int most_tokens_beside = 8;  // columns of a tensor core's product
-constexpr int most_slots_beside = 4;   // where there is another way that is quick (lone.cuh)
+constexpr int most_slots_beside = 4;   // where there is another way that is quick (split.cuh)
 constexpr int least_splits_beside = 4, most_splits_beside = 32;  // of the columns; powers of two
 constexpr uint32_t most_launches_beside = 1 << 12;  // in a step
 constexpr size_t beside_bytes = size_t(1) << 20;  // of `parts`

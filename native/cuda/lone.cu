@@ -129,7 +129,7 @@ struct run_place {
 };
 
 // y = g_out * (y + e * U hidden) for the outputs of blocks [first, end) of a member and a token.
-template <weight_kind kind, bool split>
+template <weight_kind kind>
 __device__ void expand_run(const lone_call &lone, const member &m, int token, int first, int end,
                            const decoder<kind> &decode) {
   const adapter_call &c = lone.call;
@@ -144,18 +144,7 @@ __device__ void expand_run(const lone_call &lone, const member &m, int token, in
   if (t.width) now.load_factor(t, piece), next.load_factor(t, min(piece + 1, last));
   wait_for_before();
   lane_ranks values;
-  auto load_hidden = [&](int first_rank) {
-    values.load(hidden, 0, first_rank);
-    if constexpr (split) {
-      lane_ranks more[most_splits_of_lone];
-#pragma unroll
-      for (int s = 1; s < most_splits_of_lone; s++)
-        more[s].load({hidden.data + s * lone.split_stride, s < lone.splits ? t.width : 0, 1}, 0, first_rank);
-#pragma unroll
-      for (int i = 4; i < 4 * most_splits_of_lone; i++) values.v[i % 4] += more[i / 4].v[i % 4];
-    }
-  };
-  load_hidden(0);
+  values.load(hidden, 0, 0);
   auto load_outputs = [&](expand_piece<kind> &p, int row) {
     if (row < rows) p.y = *reinterpret_cast<const float2 *>(y + row);
   };
@@ -171,7 +160,7 @@ __device__ void expand_run(const lone_call &lone, const member &m, int token, in
     now = next;
     if (t.width) next.load_factor(t, min(piece + 2, last));
     load_outputs(next, ahead.row), ahead.next(ranks), at.next(ranks);
-    if (ranks > 1) load_hidden(at.rank_piece * panel_ranks);
+    if (ranks > 1) values.load(hidden, 0, at.rank_piece * panel_ranks);
     if (at.rank_piece || row >= rows) continue;
     float2 e = vector_at(t.e, lane_row + row), gain = vector_at(t.g_out, lane_row + row);
     *reinterpret_cast<float2 *>(y + row) =
@@ -186,13 +175,9 @@ struct run_division {
   int run, runs, of_member[most_members];
 };
 
-// Sums of parts need registers.
-template <weight_kind kind, bool split>
-constexpr int expand_warps = split ? 16 : most_warps<kind>;
-
 // A warp's neighbours are in other blocks of threads, so that few have many multiprocessors.
-template <weight_kind kind, bool split>
-__global__ void __launch_bounds__(expand_warps<kind, split> *warp_size, 1)
+template <weight_kind kind>
+__global__ void __launch_bounds__(most_warps<kind> *warp_size, 1)
     expand_lone(const __grid_constant__ lone_call lone, const __grid_constant__ run_division work,
                 const __grid_constant__ nf4_values codebook) {
   extern __shared__ __align__(1024) uint8_t table[];
@@ -204,12 +189,12 @@ __global__ void __launch_bounds__(expand_warps<kind, split> *warp_size, 1)
   decoder<kind> decode = {shared_address(table) - shared_start + lane_index() * 4};
   unsigned all = work.runs * c.n_tiles;
 #pragma unroll 1
-  for (unsigned n = blockIdx.x + threadIdx.x / warp_size * gridDim.x; n < all; n += expand_warps<kind, split> * gridDim.x) {
+  for (unsigned n = blockIdx.x + threadIdx.x / warp_size * gridDim.x; n < all; n += most_warps<kind> * gridDim.x) {
     int token = int(n / work.runs), at = int(n - token * work.runs), i = 0;
     for (; at >= work.of_member[i]; i++) at -= work.of_member[i];
     const member &m = c.members[i];
     int first = at * work.run, end = min(first + work.run, (int(m.rows) + BLOCK - 1) / BLOCK);
-    expand_run<kind, split>(lone, m, token, first, end, decode);
+    expand_run<kind>(lone, m, token, first, end, decode);
   }
   wait_for_before();
 }
@@ -229,17 +214,17 @@ void launch_shrink_kind(const queue &q, const lone_call &lone, int multiprocesso
   launch(q, shrink_lone<kind>, grid, unsigned(warps * warp_size), 0, lone);
 }
 
-template <weight_kind kind, bool split>
+template <weight_kind kind>
 void launch_expand_kind(const queue &q, const lone_call &lone, int multiprocessors) {
-  constexpr int warps = expand_warps<kind, split>, most_blocks_of_warp = 16;
+  constexpr int warps = most_warps<kind>, most_blocks_of_warp = 16;
   int64_t blocks = int64_t(divide(lone.call, 1).runs) * lone.call.n_tiles, together = int64_t(warps) * multiprocessors;
   run_division work = divide(lone.call, int(std::min<int64_t>(most_blocks_of_warp, (blocks + together - 1) / together)));
   nf4_values codebook;
   for (int i = 0; i < 16; i++) codebook.value[i] = __float2bfloat16(NF4_CODEBOOK[i]);
   int shared_bytes = kind == weight_kind::nf4 ? pair_table_bytes : 0;
-  check(cudaFuncSetAttribute(expand_lone<kind, split>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), "adapters");
+  check(cudaFuncSetAttribute(expand_lone<kind>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), "adapters");
   dim3 grid(unsigned(std::min<int64_t>(multiprocessors, int64_t(work.runs) * lone.call.n_tiles)));
-  launch(q, expand_lone<kind, split>, grid, warps * warp_size, size_t(shared_bytes), lone, work, codebook);
+  launch(q, expand_lone<kind>, grid, warps * warp_size, size_t(shared_bytes), lone, work, codebook);
 }
 
 template <typename callable>
@@ -264,10 +249,7 @@ void launch_shrink_lone(const queue &q, const lone_call &lone, int multiprocesso
 }
 
 void launch_expand_lone(const queue &q, const lone_call &lone, int multiprocessors) {
-  with_launcher(lone.kind, [&](auto kind) {
-    constexpr weight_kind of = decltype(kind)::value;
-    lone.splits > 1 ? launch_expand_kind<of, true>(q, lone, multiprocessors) : launch_expand_kind<of, false>(q, lone, multiprocessors);
-  });
+  with_launcher(lone.kind, [&](auto kind) { launch_expand_kind<decltype(kind)::value>(q, lone, multiprocessors); });
 }
 
 }  // namespace adaptrt

@@ -8,16 +8,11 @@
 
 namespace adaptrt {
 
-// Up to so many tokens may have an adapter in common, and V x is split_shrink's, in up to so many parts.
-constexpr int few_tokens_of_lone = 16, most_splits_of_lone = 8;
-
 struct lone_call {
   adapter_call call;  // whose tiles have one token each
   weight_kind kind;   // of all factors
   int rank_pieces;    // the most pieces of 16 ranks
   const term_record *records;
-  int splits;            // of hidden values
-  int64_t split_stride;  // floats
 };
 
 // Whether expand_lone can take four outputs at a time.
