@@ -95,7 +95,7 @@ bool adapted_members::are_split(const adrt_executable &e, const adapter_call &ca
   const segment_plan &s = segments(e);
   if (!records(e) || !chunks(e) || s.stacked || tokens(e) > most_tokens_split || !in_fours(call)) return false;
   split = {call, {}, 0, tokens(e), int(s.shrink_tiles.size()), records(e), e.beside_terms.as<beside_term>()};
-  if (!one_term_each(e, split.kind, split.rank_pieces)) return false;
+  if (!one_term_each(e, split.kind, split.rank_pieces) || split.rank_pieces > most_pieces_split) return false;
   divide_split(split, e.multiprocessors);
   return true;
 }

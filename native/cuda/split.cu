@@ -74,15 +74,15 @@ constexpr int expand_warps = 16;
 
 // All loads of the parts at once.
 __device__ void load_hidden(const split_call &s, const member &m, const term_record &t, int first_rank, lane_ranks &sum) {
-  lane_ranks parts[most_splits];
+  lane_ranks parts[most_shrink_splits];
 #pragma unroll
-  for (int i = 0; i < most_splits; i++)
+  for (int i = 0; i < most_shrink_splits; i++)
     parts[i].load({hidden_of(s, m, t.row, i), i < s.splits ? t.width : 0, 1}, 0, first_rank);
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     sum.v[i] = parts[0].v[i];
 #pragma unroll
-    for (int k = 1; k < most_splits; k++) sum.v[i] += parts[k].v[i];
+    for (int k = 1; k < most_shrink_splits; k++) sum.v[i] += parts[k].v[i];
   }
 }
 
@@ -145,7 +145,7 @@ void with_kind_of(const split_call &s, const callable &call) {
 
 void divide_split(split_call &call, int multiprocessors) {
   int units = call.n_slots * call.call.n_members * call.rank_pieces, blocks = int((call.call.cols + BLOCK - 1) / BLOCK);
-  call.splits = std::max(1, std::min({most_splits, blocks / warps, multiprocessors / units}));
+  call.splits = std::max(1, std::min({most_shrink_splits, blocks / warps, multiprocessors / units}));
 }
 
 void launch_shrink_split(const queue &q, const split_call &call) {

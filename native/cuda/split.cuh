@@ -11,12 +11,12 @@
 
 namespace adaptrt {
 
-constexpr int most_tokens_split = 16, most_splits = 8;
+constexpr int most_tokens_split = 16, most_pieces_split = 4, most_shrink_splits = 8;
 
 struct split_call {
   adapter_call call;
   weight_kind kind;  // of all factors
-  int rank_pieces;   // the most pieces of 16 ranks
+  int rank_pieces;   // the most pieces of 16 ranks; at most most_pieces_split
   int tokens, n_slots;
   const term_record *records;  // [targets, tokens]
   const beside_term *terms;    // [targets, slots]
