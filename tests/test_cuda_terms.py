@@ -165,6 +165,44 @@ def test_adapters_of_a_large_head(dtype: str) -> None:
 
 
 @needs_gpu
+@pytest.mark.parametrize("dtype", ["bf16", "int8", "nf4"])
+@pytest.mark.parametrize("tokens", [2, 8, 9, 16])
+def test_few_streams_with_stacks_of_their_own(tokens: int, dtype: str) -> None:
+    """An adapter each, or one or two in common, or none, or gains, or stacks of up to three; and the same again."""
+    rows, cols = 320, 1088
+    tensors: dict[str, Any] = {}
+    weight("w", rows, cols, "nf4", tensors)
+    weight("v", rows, cols, "nf4", tensors, seed=2)
+    ops = [Linear("y", "x", "w", None, "w"), Linear("z", "x", "v", None, "v"), Add("z", "y", "z")]
+    both = probe(ops, "z", {"x": cols, "y": rows, "z": rows}, tensors)
+
+    def low_rank(i: int) -> Lowered:
+        e = random(i, rows) if i % 4 == 1 else None
+        term = replace(plain(16 if i < 24 else i - 23, rows, cols, 2 * i, dtype, dtype), e=e)
+        return Lowered((term,), g_out=random(i, rows) if i % 3 == 2 else None)
+
+    adapters: list[LoweredAdapter] = [{"w": low_rank(i), "v": low_rank(i + 16)} for i in range(16)]
+    adapters[3] = {"v": low_rank(3)}
+    each = [(i,) for i in range(tokens)]
+    batches = [
+        each,
+        [() if i % 3 == 1 else stack for i, stack in enumerate(each)],
+        [(0,)] * tokens,
+        [(i % 2,) for i in range(tokens)],
+        [tuple((i + k) % 5 for k in range(i % 4)) for i in range(tokens)],
+        [(0,) if i < tokens // 3 else () for i in range(tokens)],
+        [(0,) if i >= tokens // 3 else () for i in range(tokens)],
+    ]
+    ours, theirs = load(both), reference(both)
+    for executable in (ours, theirs):
+        executable.reserve(tokens)
+        assert [executable.attach(one) for one in adapters] == list(range(16))
+    for stacks in batches * 2:
+        runs = [Run([i % VOCABULARY], 0, range(i, i + 1), stack) for i, stack in enumerate(stacks)]
+        assert_close(ours.step(batch(runs)), theirs.step(batch(runs)))
+
+
+@needs_gpu
 def test_many_adapters_in_one_batch() -> None:
     adapters: list[LoweredAdapter] = [
         {"w": Lowered((plain(1 + i % 9, OUT, IN, 3 * i, DTYPES[i % 5], DTYPES[i % 5]),))} for i in range(100)

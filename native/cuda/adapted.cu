@@ -90,9 +90,22 @@ bool adapted_members::are_lone(const adrt_executable &e, const adapter_call &cal
   return one_term_each(e, lone.kind, lone.rank_pieces);
 }
 
-bool adapted_members::fit_beside(adrt_executable &e, const packed_matrix &product, beside_call &beside) const {
+// Whether adapters are as split.cuh says.
+bool adapted_members::are_split(const adrt_executable &e, const adapter_call &call, split_call &split) const {
   const segment_plan &s = segments(e);
+  if (!records(e) || !chunks(e) || s.stacked || tokens(e) > most_tokens_split || !in_fours(call)) return false;
+  split = {call, {}, 0, tokens(e), int(s.shrink_tiles.size()), records(e), e.beside_terms.as<beside_term>()};
+  if (!one_term_each(e, split.kind, split.rank_pieces) || split.rank_pieces > most_pieces_split) return false;
+  divide_split(split, e.multiprocessors);
+  return true;
+}
+
+bool adapted_members::fit_beside(adrt_executable &e, const adapter_call &call, const packed_matrix &product,
+                                 beside_call &beside) const {
+  const segment_plan &s = segments(e);
+  split_call split;
   if (!chunks(e) || e.launches_beside >= most_launches_beside) return false;
+  if (int(s.shrink_tiles.size()) > most_slots_beside && are_split(e, call, split)) return false;
   beside = {e.beside_terms.as<beside_term>() + (head_ ? e.first_logit_term() : 0), int(s.shrink_tiles.size()),
             s.single ? 1 : std::min(shrink_tokens, tokens(e))};
   if (!one_term_each(e, beside.kind, beside.rank_pieces)) return false;
@@ -132,23 +145,31 @@ extend_call adapted_members::project(adrt_executable &e, const adapter_call &cal
   return later;
 }
 
-extend_call adapted_members::before(adrt_executable &e, const adapter_call &call) const {
-  extend_call left = project(e, call);
+adapters_left adapted_members::before(adrt_executable &e, const adapter_call &call, const packed_matrix &product) const {
+  adapters_left left = {project(e, call), false, {}};
   const segment_plan &s = segments(e);
   adapter_call shrink = call;
   shrink.tiles = s.device_shrink_tiles, shrink.n_tiles = int32_t(s.shrink_tiles.size());
   lone_call lone;
-  if (records(e) && are_lone(e, call, lone))
+  left.are_split = are_split(e, call, left.split);
+  left.split.after_product = left.are_split && leaves_room_after(e.products.context, product, tokens(e));
+  if (left.split.after_product) return left;
+  if (left.are_split)
+    launch_shrink_split(e.queue(), left.split);
+  else if (records(e) && are_lone(e, call, lone))
     launch_shrink_lone(e.queue(), lone, e.multiprocessors);
   else
     launch_shrink(e.queue(), shrink, chunks(e), e.multiprocessors);
   return left;
 }
 
-void adapted_members::after(adrt_executable &e, const adapter_call &call, const extend_call &left) const {
-  if (left.n_members) launch_extend(e.queue(), left, e.multiprocessors);
+void adapted_members::after(adrt_executable &e, const adapter_call &call, const adapters_left &left) const {
+  if (left.common.n_members) launch_extend(e.queue(), left.common, e.multiprocessors);
   lone_call lone;
-  if (records(e) && are_lone(e, call, lone) && in_fours(call))
+  if (left.split.after_product) launch_shrink_split(e.queue(), left.split);
+  if (left.are_split)
+    launch_expand_split(e.queue(), left.split, e.multiprocessors);
+  else if (records(e) && are_lone(e, call, lone) && in_fours(call))
     launch_expand_lone(e.queue(), lone, e.multiprocessors);
   else if (std::any_of(members_.begin(), members_.end(),
                        [&](const product_member &m) { return m.bias || has_other(e, m); }))

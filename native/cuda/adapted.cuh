@@ -6,6 +6,7 @@
 #include "beside.cuh"
 #include "executable.cuh"
 #include "lone.cuh"
+#include "split.cuh"
 
 namespace adaptrt {
 
@@ -16,6 +17,13 @@ struct product_member {
 };
 
 bool acts(const adrt_executable &e, int32_t target);
+
+// Once what is before a product is launched.
+struct adapters_left {
+  extend_call common;
+  bool are_split;  // as `split` says; after the product with V x, or without
+  split_call split;
+};
 
 class adapted_members {
  public:
@@ -29,10 +37,10 @@ class adapted_members {
   // x and y are the caller's to fill in.
   adapter_call describe(const adrt_executable &e) const;
   // Whether `product` has room for all adapters inside it, as `beside`.
-  bool fit_beside(adrt_executable &e, const packed_matrix &product, beside_call &beside) const;
-  // What needs no product: V x. The result says what is left.
-  extend_call before(adrt_executable &e, const adapter_call &call) const;
-  void after(adrt_executable &e, const adapter_call &call, const extend_call &left) const;
+  bool fit_beside(adrt_executable &e, const adapter_call &call, const packed_matrix &product, beside_call &beside) const;
+  // What is launched before the product, V x if there is no room for it beside the product. The result says what is left.
+  adapters_left before(adrt_executable &e, const adapter_call &call, const packed_matrix &product) const;
+  void after(adrt_executable &e, const adapter_call &call, const adapters_left &left) const;
 
   int64_t hidden_width(const adrt_executable &e) const;
   int64_t projected_width(const adrt_executable &e) const;
@@ -44,6 +52,7 @@ class adapted_members {
   const term_record *records(const adrt_executable &e) const { return head_ ? nullptr : e.records; }
   bool one_term_each(const adrt_executable &e, weight_kind &kind, int &rank_pieces) const;
   bool are_lone(const adrt_executable &e, const adapter_call &call, lone_call &lone) const;
+  bool are_split(const adrt_executable &e, const adapter_call &call, split_call &split) const;
   extend_call project(adrt_executable &e, const adapter_call &call) const;
 
   std::vector<product_member> members_;

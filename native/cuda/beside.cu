@@ -65,12 +65,13 @@ void plan_room_beside(beside_call &call, int tiles, int tokens, int columns, int
   beside_plan &plan = call.plan = plan_least(call, tiles, tokens, first);
   int piece = tile_bytes(call.kind), pieces = (columns + call.splits() - 1) / call.splits();
   call.entry_bytes = entry_bytes(call);
-  int others = (call.u_warps + call.v_warps) * call.entry_bytes;  // for entries that have no room
-  end -= others;
-  plan.v_room = std::min(pieces, (end - plan.v) / 2 / piece / call.v_warps);
+  int warps = call.u_warps + call.v_warps, of_warp = call.n_slots * ((tiles + warps - 1) / warps);
+  int least = plan.v + warps * call.entry_bytes;
+  plan.v_room = std::min(pieces, (end - least) / 2 / piece / call.v_warps);
   plan.u = plan.v + plan.v_room * piece * call.v_warps;
-  plan.u_room = std::min(tiles * call.n_slots, (end - plan.u) / call.entry_bytes);
-  plan.bytes = plan.u + plan.u_room * call.entry_bytes + others;
+  int ring = std::min(of_warp, (end - plan.u) / call.entry_bytes / warps);
+  plan.u_tiles = ring / call.n_slots, plan.u_slots = ring % call.n_slots;
+  plan.bytes = plan.u + ring * warps * call.entry_bytes;
 }
 
 }  // namespace adaptrt

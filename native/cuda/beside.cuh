@@ -19,10 +19,10 @@
 
 namespace adaptrt {
 
-// Offsets into shared memory, and for how much there is room of what is fetched ahead: pieces of a warp's first unit of V,
-// and what a slot needs for a tile.
+// Offsets into shared memory, and for how much there is room of what is fetched ahead: pieces of a warp's first unit of V;
+// and of what slots need for a warp's tiles, all that so many tiles need and so many slots of one more.
 struct beside_plan {
-  int terms, hidden, changes, v, u, bytes, v_room, u_room;
+  int terms, hidden, changes, v, u, bytes, v_room, u_tiles, u_slots;
 };
 
 // A slot is up to shrink_tokens tokens with one adapter; those of a stack come one after the other, in its order. What
@@ -65,6 +65,8 @@ struct beside_call {
   __host__ __device__ int splits() const { return 1 << log_splits; }
 };
 
+constexpr int most_tokens_beside = 8;  // columns of a tensor core's product
+constexpr int most_slots_beside = 4;   // where there is another way that is quick (split.cuh)
 constexpr int least_splits_beside = 4, most_splits_beside = 32;  // of the columns; powers of two
 constexpr uint32_t most_launches_beside = 1 << 12;  // in a step
 constexpr size_t beside_bytes = size_t(1) << 20;  // of `parts`

@@ -127,23 +127,31 @@ struct beside_warps {
     for (int i = lane * 16; i < bytes; i += warp_size * 16) copy_16(v_room() + i, u.codes + i);
   }
 
-  // In lane 4g + t: ranks g and g + 8 by tokens 2t and 2t + 1. `fetched` pieces are in shared memory.
-  __device__ void multiply_unit(const unit &u, int fetched, float sums[4]) const {
-    constexpr int together = 2;
-    const uint8_t *ahead = v_room();
-#pragma unroll 1
-    for (int first = 0; first < u.blocks; first += together) {
-      uint4 values[together][2];
-      float by[together][2];
+  // Two blocks of columns of the lane's token, and what V's codes there are times.
+  struct unit_input {
+    uint4 x[2][2];
+    float by[2][2];
+    __device__ void load(const unit &u, int first) {
 #pragma unroll
-      for (int i = 0; i < 2 * together; i++) {
+      for (int i = 0; i < 4; i++) {
         int block = min(first + i / 2, u.blocks - 1);
         bool there = first + i / 2 < u.blocks;
-        values[i / 2][i % 2] = reinterpret_cast<const uint4 *>(u.x + block * BLOCK)[i % 2];
+        x[i / 2][i % 2] = reinterpret_cast<const uint4 *>(u.x + block * BLOCK)[i % 2];
         by[i / 2][i % 2] = there && kind != weight_kind::bf16 ? __ldg(u.scales + block * panel_ranks + i % 2 * 8) : there;
       }
+    }
+  };
+
+  // In lane 4g + t: ranks g and g + 8 by tokens 2t and 2t + 1. `fetched` pieces are in shared memory.
+  __device__ void multiply_unit(const unit &u, int fetched, float sums[4]) const {
+    const uint8_t *ahead = v_room();
+    unit_input now, next;
+    now.load(u, 0);
+#pragma unroll 1
+    for (int first = 0; first < u.blocks; first += 2, now = next) {
+      if (first + 2 < u.blocks) next.load(u, first + 2);
 #pragma unroll
-      for (int i = 0; i < together; i++) {
+      for (int i = 0; i < 2; i++) {
         int block = min(first + i, u.blocks - 1);
         const uint8_t *codes = (block < fetched ? ahead : u.codes) + block * piece_bytes;
         float sum[4] = {};
@@ -153,10 +161,10 @@ struct beside_warps {
           uint32_t a[4];
           words.load(codes + step_words<kind>::place(s));
           words.operand(a);
-          multiply_add(sum, a, word_of(values[i][s / 2], s % 2 * 2), word_of(values[i][s / 2], s % 2 * 2 + 1));
+          multiply_add(sum, a, word_of(now.x[i][s / 2], s % 2 * 2), word_of(now.x[i][s / 2], s % 2 * 2 + 1));
         }
 #pragma unroll
-        for (int k = 0; k < 4; k++) sums[k] += by[i][k / 2] * sum[k];
+        for (int k = 0; k < 4; k++) sums[k] += now.by[i][k / 2] * sum[k];
       }
     }
   }
@@ -192,26 +200,9 @@ struct beside_warps {
     int row = (member * c.n_slots + slot) * c.slot_tokens;
     return reinterpret_cast<float *>(shared + c.plan.hidden) + row * c.rank_pieces * panel_ranks;
   }
-
-  // The warp's tiles of a member: every `warps`-th from `first` to `end`; they are the member's from first + of_member on.
-  struct tile_run {
-    int first, end, of_member;
-  };
-  __device__ tile_run tiles_of(int member) const {
-    int start = (member ? c.members[member - 1].end_tile : 0) - first_tile;
-    return {max(0, start) + warp, min(tiles, c.members[member].end_tile - first_tile), -start};
-  }
-  // call(slot, member, term, tiles) for members that the warp has tiles of, slots in their order.
-  template <typename callable>
-  __device__ void for_terms(const callable &call) const {
-#pragma unroll 1
-    for (int member = 0; member < c.n_members; member++) {
-      tile_run run = tiles_of(member);
-#pragma unroll 1
-      for (int slot = 0; slot < c.n_slots && run.first - warp < run.end; slot++)
-        call(slot, member, terms()[member * c.n_slots + slot], run);
-    }
-  }
+  // Where a member's tiles start and end, counted from the block's first.
+  __device__ int start_of(int member) const { return (member ? c.members[member - 1].end_tile : 0) - first_tile; }
+  __device__ int end_of(int member) const { return c.members[member].end_tile - first_tile; }
 
   __device__ void fetch_terms() const {
     constexpr int vectors = sizeof(beside_term) / 16;
@@ -257,167 +248,198 @@ struct beside_warps {
     return sum;
   }
 
-  // All pieces of all tokens are dealt out to the warps.
+  // As a pair for tensor cores: values as bfloat16 and what is left of them, whose sum is exact enough; where scales of U
+  // come to it first, as it is.
+  static __device__ uint2 operand_pair(float2 h) {
+    __nv_bfloat162 upper = __floats2bfloat162_rn(h.x, h.y);
+    float2 whole = __bfloat1622float2(upper);
+    __nv_bfloat162 lower = __floats2bfloat162_rn(h.x - whole.x, h.y - whole.y);
+    return {*reinterpret_cast<uint32_t *>(&upper), *reinterpret_cast<uint32_t *>(&lower)};
+  }
+  static __device__ void leave_hidden(float *to, float2 h) {
+    if constexpr (kind == weight_kind::bf16)
+      *reinterpret_cast<uint2 *>(to) = operand_pair(h);
+    else
+      *reinterpret_cast<float2 *>(to) = h;
+  }
+
+  // All pieces of a slot's tokens, as far as it is the warp's turn.
+  __device__ void gather_slot(int member, int slot, uint32_t launch, int &turn) const {
+    const beside_term &t = terms()[member * c.n_slots + slot];
+    int pair = lane % 8 * 2;
+    const uint64_t *from = parts_of(slot, member, 0);
+    float *to = hidden_at(member, slot) + pair;
+#pragma unroll 1
+    for (int token = 0; token < t.n_tokens; token++, from += part_stride(), to += c.rank_pieces * panel_ranks)
+#pragma unroll 1
+      for (int piece = 0; piece < t.pieces; piece++) {
+        if (--turn) continue;
+        turn = warps;
+        float2 sum = await_sums(from + piece * c.splits() * panel_ranks, launch), by = {t.scale, t.scale};
+        int rank = piece * panel_ranks + pair;
+        if (t.d) by.x *= __ldg(t.d + min(rank, t.width - 1)), by.y *= __ldg(t.d + min(rank + 1, t.width - 1));
+        if (lane < 8) leave_hidden(to + piece * panel_ranks, {by.x * sum.x, by.y * sum.y});
+      }
+  }
+  // For the members that the block has tiles of.
   __device__ void gather(uint32_t launch) const {
     int turn = warp + 1;
-    for_terms([&](int slot, int member, const beside_term &t, const tile_run &) {
-      int pair = lane % 8 * 2;
-      const uint64_t *from = parts_of(slot, member, 0);
-      float *to = hidden_at(member, slot) + pair;
 #pragma unroll 1
-      for (int token = 0; token < t.n_tokens; token++, from += part_stride(), to += c.rank_pieces * panel_ranks)
+    for (int member = 0; member < c.n_members; member++)
 #pragma unroll 1
-        for (int piece = 0; piece < t.pieces; piece++) {
-          if (--turn) continue;
-          turn = warps;
-          float2 sum = await_sums(from + piece * c.splits() * panel_ranks, launch), by = {t.scale, t.scale};
-          int rank = piece * panel_ranks + pair;
-          if (t.d) by.x *= __ldg(t.d + min(rank, t.width - 1)), by.y *= __ldg(t.d + min(rank + 1, t.width - 1));
-          if (lane < 8) *reinterpret_cast<float2 *>(to + piece * panel_ranks) = {by.x * sum.x, by.y * sum.y};
-        }
-    });
+      for (int slot = 0; slot < c.n_slots && start_of(member) < tiles && end_of(member) > 0; slot++)
+        gather_slot(member, slot, launch, turn);
   }
 
   // ---- U h ----
 
-  // What a slot needs for a tile, an entry of shared memory: the words of each piece, the scales of their ranks, and vectors
-  // of the outputs, e and g_out.
-  __device__ uint8_t *entry_at(int number) const { return shared + c.plan.u + number * c.entry_bytes; }
-  static __device__ float *scales_of(uint8_t *entry, int rank_pieces) {
-    return reinterpret_cast<float *>(entry + rank_pieces * step_bytes);
+  // A warp takes every so manieth of the block's tiles, and for each all slots. What a slot needs for a tile is an entry in the
+  // warp's ring in shared memory: the words of each piece, the scales of their ranks, and vectors of the outputs, e and
+  // g_out.
+  struct entry {
+    int tile, slot, member, place;
+  };
+  __device__ int ring() const { return c.plan.u_tiles * c.n_slots + c.plan.u_slots; }
+  __device__ entry entry_from(int tile, int slot) const {
+    entry at = {tile, slot, 0, 0};
+    find_member(at);
+    return at;
   }
-  __device__ float *vectors_of(uint8_t *entry) const {
-    return scales_of(entry, c.rank_pieces) + (kind == weight_kind::bf16 ? 0 : c.rank_pieces * panel_ranks);
+  __device__ void find_member(entry &at) const {
+    while (at.member + 1 < c.n_members && at.tile >= end_of(at.member)) at.member++;
+  }
+  __device__ void step(entry &at, int all) const {
+    if (++at.place == ring()) at.place = 0;
+    if (++at.slot < c.n_slots) return;
+    at.slot = 0, at.tile += all;
+    find_member(at);
+  }
+  __device__ const beside_term &term_of(const entry &at) const { return terms()[at.member * c.n_slots + at.slot]; }
+  __device__ uint8_t *room_of(const entry &at, int of_warp) const {
+    return shared + c.plan.u + (of_warp * ring() + at.place) * c.entry_bytes;
+  }
+  __device__ float *scales_of(uint8_t *room) const { return reinterpret_cast<float *>(room + c.rank_pieces * step_bytes); }
+  __device__ float *vectors_of(uint8_t *room) const {
+    return scales_of(room) + (kind == weight_kind::bf16 ? 0 : c.rank_pieces * panel_ranks);
   }
 
-  __device__ void fetch_entry(uint8_t *entry, const beside_term &t, int tile_of_member, int rows_left) const {
-    int64_t first = int64_t(tile_of_member / 4) * t.pieces;
-    int row = tile_of_member * tile_rows + lane * 4;
-    const uint8_t *words = t.u + first * piece_bytes + step_words<kind>::place(tile_of_member % 4);
+  __device__ void fetch(const entry &at, int of_warp) const {
+    const beside_term &t = term_of(at);
+    uint8_t *room = room_of(at, of_warp);
+    int tile = at.tile - start_of(at.member), row = tile * tile_rows + lane * 4;
+    int64_t first = int64_t(tile / 4) * t.pieces;
+    const uint8_t *words = t.u + first * piece_bytes + step_words<kind>::place(tile % 4);
 #pragma unroll 1
     for (int i = 0; i < t.pieces; i++)
-      step_words<kind>::copy(entry + i * step_bytes + lane * step_words<kind>::bytes, words + i * piece_bytes);
+      step_words<kind>::copy(room + i * step_bytes + lane * step_words<kind>::bytes, words + i * piece_bytes);
     if constexpr (kind != weight_kind::bf16)
 #pragma unroll 1
       for (int i = lane * 4; i < t.pieces * panel_ranks; i += warp_size * 4)
-        copy_16(scales_of(entry, c.rank_pieces) + i, t.u_scales + first * panel_ranks + i);
-    if (!c.vectors || lane >= tile_rows / 4 || lane * 4 >= rows_left) return;
-    if (t.e) copy_16(vectors_of(entry) + lane * 4, t.e + row);
-    if (t.g_out) copy_16(vectors_of(entry) + tile_rows + lane * 4, t.g_out + row);
+        copy_16(scales_of(room) + i, t.u_scales + first * panel_ranks + i);
+    if (!c.vectors || lane >= tile_rows / 4 || lane * 4 >= rows - (first_tile + at.tile) * tile_rows) return;
+    if (t.e) copy_16(vectors_of(room) + lane * 4, t.e + row);
+    if (t.g_out) copy_16(vectors_of(room) + tile_rows + lane * 4, t.g_out + row);
   }
-  __device__ int rows_left(int tile) const { return rows - (first_tile + tile) * tile_rows; }
-  // As many as there is room for. And changes that change nothing.
-  __device__ void prefetch_u() const {
-    for_terms([&](int slot, int, const beside_term &t, const tile_run &run) {
+  // What there is room for, for all warps.
+  __device__ void prefetch_u(int all) const {
 #pragma unroll 1
-      for (int tile = run.first; tile < run.end; tile += warps)
-        if (tile * c.n_slots + slot < c.plan.u_room)
-          fetch_entry(entry_at(tile * c.n_slots + slot), t, tile + run.of_member, rows_left(tile));
-    });
-    changes all = changes_of(shared, c, tiles, tokens);
+    for (int of_warp = warp; of_warp < all; of_warp += warps) {
+      entry at = entry_from(of_warp, 0);
 #pragma unroll 1
-    for (int i = warp * warp_size + lane; i < tiles * tokens * tile_rows; i += warps * warp_size) {
-      all.delta[i] = 0;
-      if (c.vectors) all.gain[i] = 1;
+      for (int n = 0; n < ring() && at.tile < tiles; n++, step(at, all)) fetch(at, of_warp);
     }
-  }
-  // The others one at a time, into the last.
-  __device__ uint8_t *find_entry(int tile, int slot, const beside_term &t, const tile_run &run) const {
-    int number = tile * c.n_slots + slot;
-    if (number < c.plan.u_room) return entry_at(number);
-    uint8_t *entry = entry_at(c.plan.u_room + warp);
-    __syncwarp();
-    fetch_entry(entry, t, tile + run.of_member, rows_left(tile));
-    commit_copies();
-    wait_for_copies<0>();
-    __syncwarp();
-    return entry;
   }
 
-  // Column g of the second operand: the values of 16 ranks for token g, as an upper and a lower half whose sum is exact
-  // enough; zeros where there are none.
-  struct operand_columns {
-    uint32_t upper[2], lower[2];
-    __device__ void load(const float *values, const float *scales, int lane) {
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        int rank = lane % 4 * 2 + i * 8;
-        float2 h = {0, 0};
-        if (values) {
-          h = *reinterpret_cast<const float2 *>(values + rank);
-          float2 by = kind == weight_kind::bf16 ? float2{1, 1} : *reinterpret_cast<const float2 *>(scales + rank);
-          h.x *= by.x, h.y *= by.y;
-        }
-        __nv_bfloat162 high = __floats2bfloat162_rn(h.x, h.y);
-        float2 whole = __bfloat1622float2(high);
-        __nv_bfloat162 rest = __floats2bfloat162_rn(h.x - whole.x, h.y - whole.y);
-        upper[i] = *reinterpret_cast<uint32_t *>(&high), lower[i] = *reinterpret_cast<uint32_t *>(&rest);
-      }
-    }
+  // What changes in a tile, in lane 4g + t: outputs 2g and 2g + 1 by tokens 2t and 2t + 1.
+  struct tile_changes {
+    float2 delta[2], gain[2];
   };
 
-  // Adds a piece's sums to delta, in lane 4g + t of outputs 2g and 2g + 1 by tokens 2t and 2t + 1; `there`: of these
-  // tokens; the last piece multiplies by the gain.
-  __device__ void add_sums(const changes &at, const bool there[2], const float sums[4]) const {
+  // Column g of the second operand: 16 ranks' values for token g. In a warp all columns of other tokens are zeros.
+  __device__ void load_operand(const float *values, const float *scales, uint32_t upper[2], uint32_t lower[2]) const {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      if (!there[i]) continue;
-      float2 *delta = reinterpret_cast<float2 *>(at.delta + i * tile_rows), old = *delta;
-      *delta = {old.x + sums[i], old.y + sums[2 + i]};
-    }
-  }
-  __device__ void add_with_vectors(const changes &at, const bool there[2], float sums[4], const beside_term &t,
-                                   const float *vectors, bool last) const {
-    vectors += lane / 4 * 2;
-    for (int i = 0; t.e && i < 4; i++) sums[i] *= vectors[i / 2];
-    add_sums(at, there, sums);
-    if (!t.g_out || !last) return;
-    for (int i = 0; i < 4; i++) {
-      if (!there[i % 2]) continue;
-      float by = vectors[tile_rows + i / 2];
-      at.delta[i % 2 * tile_rows + i / 2] *= by, at.gain[i % 2 * tile_rows + i / 2] *= by;
+      int rank = lane % 4 * 2 + i * 8;
+      uint2 pair = {0, 0};
+      if (values && kind == weight_kind::bf16) pair = *reinterpret_cast<const uint2 *>(values + rank);
+      if (values && kind != weight_kind::bf16) {
+        float2 h = *reinterpret_cast<const float2 *>(values + rank), by = *reinterpret_cast<const float2 *>(scales + rank);
+        pair = operand_pair({by.x * h.x, by.y * h.y});
+      }
+      upper[i] = pair.x, lower[i] = pair.y;
     }
   }
 
-  // A piece of 16 ranks, for eight tokens. A term without ranks has one of zeros.
-  __device__ void expand_piece(const beside_term &t, int slot, int member, int piece, int first_token,
-                               const tile_run &run) const {
-    int column = first_token + lane / 4 - t.token, first = first_token + lane % 4 * 2;
-    unsigned of_slot = unsigned(first - t.token), slot_tokens = unsigned(t.n_tokens);
-    bool there[2] = {of_slot < slot_tokens, of_slot + 1 < slot_tokens};
-    bool has_column = t.pieces && unsigned(column) < slot_tokens;
-    const float *values = has_column ? hidden_at(member, slot) + (column * c.rank_pieces + piece) * panel_ranks : nullptr;
-    operand_columns b;
-    if constexpr (kind == weight_kind::bf16) b.load(values, nullptr, lane);
-    changes at = changes_of(shared, c, tiles, tokens);
-    at.step((run.first * tokens + first) * tile_rows + lane / 4 * 2);
+  __device__ void multiply_entry(const entry &at, const beside_term &t, uint8_t *room, float sums[4]) const {
+    int token = lane / 4 - t.token;
+    const float *values = hidden_at(at.member, at.slot) + token * c.rank_pieces * panel_ranks;
+    if (unsigned(token) >= unsigned(t.n_tokens)) values = nullptr;
 #pragma unroll 1
-    for (int tile = run.first; tile < run.end; tile += warps, at.step(warps * tokens * tile_rows)) {
-      uint8_t *entry = find_entry(tile, slot, t, run);
+    for (int piece = 0; piece < t.pieces; piece++) {
       step_words<kind> words;
-      uint32_t a[4];
-      float sums[4] = {};
-      words.load(entry + piece * step_bytes + lane * step_words<kind>::bytes);
-      if (!t.pieces) words = {};
+      uint32_t a[4], upper[2], lower[2];
+      words.load(room + piece * step_bytes + lane * step_words<kind>::bytes);
       words.operand(a);
-      if constexpr (kind != weight_kind::bf16) b.load(values, scales_of(entry, c.rank_pieces) + piece * panel_ranks, lane);
-      multiply_add(sums, a, b.upper[0], b.upper[1]);
-      multiply_add(sums, a, b.lower[0], b.lower[1]);
-      if (c.vectors)
-        add_with_vectors(at, there, sums, t, vectors_of(entry), piece >= t.pieces - 1);
-      else
-        add_sums(at, there, sums);
+      load_operand(values ? values + piece * panel_ranks : nullptr, scales_of(room) + piece * panel_ranks, upper, lower);
+      multiply_add(sums, a, upper[0], upper[1]);
+      multiply_add(sums, a, lower[0], lower[1]);
     }
   }
 
-  // The adapters of a stack one after the other.
+  // A token of another slot is left as it is, whatever comes of zeros times this slot's U.
+  __device__ void expand_entry(const entry &at, tile_changes &tile) const {
+    const beside_term &t = term_of(at);
+    uint8_t *room = room_of(at, warp);
+    float sums[4] = {};
+    multiply_entry(at, t, room, sums);
+    const float2 *vectors = reinterpret_cast<const float2 *>(vectors_of(room)) + lane / 4;
+    float2 e = {1, 1}, gain = {1, 1};
+    if (c.vectors && t.e) e = vectors[0];
+    if (c.vectors && t.g_out) gain = vectors[tile_rows / 2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      if (unsigned(lane % 4 * 2 + i - t.token) >= unsigned(t.n_tokens)) continue;
+      float2 &delta = tile.delta[i];
+      delta = {gain.x * (delta.x + e.x * sums[i]), gain.y * (delta.y + e.y * sums[2 + i])};
+      tile.gain[i] = {gain.x * tile.gain[i].x, gain.y * tile.gain[i].y};
+    }
+  }
+
+  __device__ void leave_changes(int tile, const tile_changes &values) const {
+    changes at = changes_of(shared, c, tiles, tokens);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      int token = lane % 4 * 2 + i, item = (tile * tokens + token) * tile_rows + lane / 4 * 2;
+      if (token >= tokens) continue;
+      *reinterpret_cast<float2 *>(at.delta + item) = values.delta[i];
+      if (c.vectors) *reinterpret_cast<float2 *>(at.gain + item) = values.gain[i];
+    }
+  }
+
+  // The adapters of a stack one after the other. Where an entry was comes the one that is a ring further.
   __device__ void expand() const {
-    for_terms([&](int slot, int member, const beside_term &t, const tile_run &run) {
+    constexpr int depth = 8;
+    entry at = entry_from(warp, 0), later = entry_from(warp + c.plan.u_tiles * warps, c.plan.u_slots);
 #pragma unroll 1
-      for (int first_token = t.token & ~7; first_token < t.token + t.n_tokens; first_token += 8)
+    while (at.tile < tiles) {
+      tile_changes values = {{}, {{1, 1}, {1, 1}}};
+      int tile = at.tile;
 #pragma unroll 1
-        for (int piece = 0; piece < max(1, t.pieces); piece++) expand_piece(t, slot, member, piece, first_token, run);
-    });
+      do {
+        if (ring() < depth) wait_for_copies<0>();
+        else wait_for_copies<depth - 1>();
+        __syncwarp();
+        expand_entry(at, values);
+        __syncwarp();
+        if (later.tile < tiles) {
+          fetch(later, warp);
+          step(later, warps);
+        }
+        commit_copies();
+        step(at, warps);
+      } while (at.tile == tile);
+      leave_changes(tile, values);
+    }
   }
 
   __device__ void run_v(uint32_t launch) const {
@@ -438,7 +460,7 @@ struct beside_warps {
     if (warp < c.u_warps) {
       warps = c.u_warps;
       fetch_terms();
-      prefetch_u();
+      prefetch_u(all);
       commit_copies();
       wait_for_kernel_before();
       wait_for_copies<0>();

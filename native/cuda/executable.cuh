@@ -86,7 +86,7 @@ struct host_attachment {
 };
 
 // Records are made for so many tokens: for fewer another launch is not worth it.
-constexpr int32_t least_recorded_tokens = 17;
+constexpr int32_t least_recorded_tokens = 5;
 
 struct adapter {
   size_t bytes() const { return table.size() + vectors.size() + factor_bytes; }

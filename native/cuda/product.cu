@@ -97,6 +97,10 @@ bool plan_beside(const product_context *context, const packed_matrix &w, int tok
          plan_few_beside(*context, w, tokens, call);
 }
 
+bool leaves_room_after(const product_context *context, const packed_matrix &w, int tokens) {
+  return tokens <= 8 && choose(*context, w, tokens) == way::few;
+}
+
 cudaError_t launch_product(const product_context *context, const packed_matrix &w, const __nv_bfloat16 *x,
                            int64_t x_stride, int tokens, const product_output &out, void *workspace,
                            cudaStream_t stream, const beside_call *beside) {

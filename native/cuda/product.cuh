@@ -72,6 +72,9 @@ cudaError_t launch_product(const product_context *context, const packed_matrix &
                            int64_t x_stride, int tokens, const product_output &out, void *workspace,
                            cudaStream_t stream, const beside_call *beside = nullptr);
 
+// Whether a kernel that is launched after the product may read x from its start on, and finds room beside it.
+bool leaves_room_after(const product_context *context, const packed_matrix &w, int tokens);
+
 // out[i, :] = row indices[i] of W as float; out_stride in elements. An index outside of the matrix gives zeros.
 cudaError_t launch_rows(const packed_matrix &w, const int32_t *indices, int n, float *out, int64_t out_stride,
                         cudaStream_t stream);

@@ -461,15 +461,13 @@ cudaError_t launch_products(const product_call &call) {
 
 template <weight_kind kind>
 cudaError_t launch_kind(const product_call &call) {
-  if (call.beside)
-    return call.tokens <= 8 ? launch_products<kind, 1, true>(call) : launch_products<kind, 2, true>(call);
+  if (call.beside) return launch_products<kind, 1, true>(call);
   return call.tokens <= 8 ? launch_products<kind, 1, false>(call) : launch_products<kind, 2, false>(call);
 }
 
 template <weight_kind kind>
 cudaError_t prepare_kind(const product_context &context) {
-  for (auto kernel : {product_few<kind, 1, false>, product_few<kind, 1, true>, product_few<kind, 2, false>,
-                      product_few<kind, 2, true>}) {
+  for (auto kernel : {product_few<kind, 1, false>, product_few<kind, 1, true>, product_few<kind, 2, false>}) {
     cudaError_t status =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, context.shared_bytes);
     if (status != cudaSuccess) return status;
@@ -500,8 +498,9 @@ int few_tokens_at_once(const product_context &context, const packed_matrix &w) {
 }
 
 bool plan_few_beside(const product_context &context, const packed_matrix &w, int tokens, beside_call &call) {
+  if (tokens > most_tokens_beside) return false;
   few_division alone = plan_few(context, w, tokens).divided;
-  int columns = int(ceil_div(w.cols, block_cols)), most = warps_of(tokens <= 8 ? 1 : 2, true);
+  int columns = int(ceil_div(w.cols, block_cols)), most = warps_of(1, true);
   int spare = most - alone.columns * alone.teams;
   if (alone.groups == 0 || !divide_beside(call, columns, alone.parts * alone.groups, spare)) return false;
   few_plan plan = plan_few(context, w, tokens, &call);

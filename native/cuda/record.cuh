@@ -21,15 +21,16 @@ void launch_resolve(const queue &q, const application *applications, const int32
                     term_record *records);
 
 // All of it on its way at once: taken field by field, each would be waited for.
-__device__ inline term_record read_record(const term_record *from) {
-  constexpr int n = sizeof(term_record) / sizeof(uint4);
+template <typename record>
+__device__ inline record read_record(const record *from) {
+  constexpr int n = sizeof(record) / sizeof(uint4);
   uint4 words[n];
 #pragma unroll
   for (int i = 0; i < n; i++)
     asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(words[i].x), "=r"(words[i].y), "=r"(words[i].z), "=r"(words[i].w)
                  : "l"(reinterpret_cast<const uint4 *>(from) + i));
-  term_record out;
+  record out;
   memcpy(&out, words, sizeof(out));
   return out;
 }

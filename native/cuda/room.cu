@@ -5,6 +5,7 @@
 
 #include "beside.cuh"
 #include "executable.cuh"
+#include "split.cuh"
 
 namespace adaptrt {
 namespace {
@@ -102,7 +103,8 @@ void make_attention_room(adrt_executable &e) {
 void make_record_room(adrt_executable &e) {
   const segment_plan &s = e.plan.tokens;
   bool common = std::any_of(e.acting.begin(), e.acting.end(), [](const host_attachment &a) { return a.v != nullptr; });
-  if (e.plan.n_tokens < least_recorded_tokens || !(common || (s.single && !s.stacked))) return;
+  bool alone = !s.stacked && (s.single || e.plan.n_tokens <= most_tokens_split);
+  if (e.plan.n_tokens < least_recorded_tokens || !(common || alone)) return;
   grow(e, e.record_memory, size_t(e.plan.n_tokens) * e.points.size() * sizeof(term_record), "adapters");
   e.records = e.record_memory.as<term_record>();
 }
@@ -121,6 +123,7 @@ void make_adapter_room(adrt_executable &e) {
     dense_form(e, *a.u);
   }
   int64_t rows = std::max(e.plan.tokens.hidden_rows, e.plan.logits.hidden_rows);
+  if (e.plan.n_tokens <= most_tokens_split) rows = std::max<int64_t>(rows, most_shrink_splits * e.plan.n_tokens);
   grow(e, e.hidden, size_t(rows * width) * sizeof(float), "adapters");
   int64_t tokens_or_logits = std::max(e.plan.n_tokens, e.plan.n_logits);
   grow(e, e.projected, size_t(tokens_or_logits * projected) * sizeof(float), "adapters");

@@ -76,7 +76,7 @@ __device__ void multiply_panel(const factor v, int64_t rank_piece, const input &
     uint4 values[pieces][2];
 #pragma unroll
     for (int i = 0; i < 2 * pieces; i++)
-      values[i / 2][i % 2] = reinterpret_cast<const uint4 *>(x + min(first + i / 2 * step, end - 1) * BLOCK)[i % 2];
+      values[i / 2][i % 2] = __ldcg(reinterpret_cast<const uint4 *>(x + min(first + i / 2 * step, end - 1) * BLOCK) + i % 2);
     next.load(v, first_piece, first + step * pieces, end, step);
 #pragma unroll
     for (int i = 0; i < pieces; i++) {

@@ -74,9 +74,9 @@ class product_stage : public stage {
     if (!members_.tokens(e)) return;
     adapter_call call = describe(e);
     beside_call beside;
-    bool fits = members_.fit_beside(e, all_, beside);
-    extend_call left;
-    if (!fits) left = members_.before(e, call);  // the product fills its pipeline with weights meanwhile
+    bool fits = members_.fit_beside(e, call, all_, beside);
+    adapters_left left;
+    if (!fits) left = members_.before(e, call, all_);  // the product fills its pipeline with weights meanwhile
     e.weights.acquire(block_);
     if (fits)
       product(e, all_, call, call.x, 0, &beside);
