@@ -32,7 +32,8 @@ class adapted_members {
   bool fit_beside(adrt_executable &e, const packed_matrix &product, beside_call &beside) const;
   // What needs no product: V x. The result says what is left.
   extend_call before(adrt_executable &e, const adapter_call &call) const;
-  void after(adrt_executable &e, const adapter_call &call, const extend_call &left) const;
+  // The result says whether `gate` (or NULL) has been applied, too.
+  bool after(adrt_executable &e, const adapter_call &call, const extend_call &left, const lone_gate *gate) const;
 
   int64_t hidden_width(const adrt_executable &e) const;
   int64_t projected_width(const adrt_executable &e) const;
