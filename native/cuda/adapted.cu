@@ -140,17 +140,18 @@ extend_call adapted_members::project(adrt_executable &e, const adapter_call &cal
   return later;
 }
 
-extend_call adapted_members::before(adrt_executable &e, const adapter_call &call) const {
-  extend_call left = project(e, call);
+adapted_members::preparation adapted_members::before(adrt_executable &e, const adapter_call &call) const {
+  preparation done = {project(e, call), false};
   const segment_plan &s = segments(e);
   adapter_call shrink = call;
   shrink.tiles = s.device_shrink_tiles, shrink.n_tiles = int32_t(s.shrink_tiles.size());
   lone_call lone;
-  if (are_lone(e, call, lone))
+  done.ready = are_lone(e, call, lone);
+  if (done.ready)
     launch_shrink_lone(e.queue(), lone, device_of(e));
   else
     launch_shrink(e.queue(), shrink, chunks(e), e.multiprocessors);
-  return left;
+  return done;
 }
 
 bool adapted_members::after(adrt_executable &e, const adapter_call &call, const extend_call &left,

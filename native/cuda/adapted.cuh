@@ -31,7 +31,11 @@ class adapted_members {
   // Whether `product` has room for all adapters inside it, as `beside`.
   bool fit_beside(adrt_executable &e, const packed_matrix &product, beside_call &beside) const;
   // What needs no product: V x. The result says what is left.
-  extend_call before(adrt_executable &e, const adapter_call &call) const;
+  struct preparation {
+    extend_call left;
+    bool ready;  // the product may run at the same time (launch_product)
+  };
+  preparation before(adrt_executable &e, const adapter_call &call) const;
   // The result says whether `gate` (or NULL) has been applied, too.
   bool after(adrt_executable &e, const adapter_call &call, const extend_call &left, const lone_gate *gate) const;
 

@@ -49,6 +49,14 @@ __device__ inline void wait_for_before() {
 #endif
 }
 
+// The same for a kernel whose next one need not wait for it, but for what is before both (launch_product: `ready`).
+__device__ inline void wait_and_let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 struct queue {
   cudaStream_t stream;
   bool overlap;  // kernels may start before the ones before them end

@@ -66,11 +66,12 @@ size_t product_workspace_bytes(const product_context *context, const packed_matr
 constexpr size_t workspace_zero_bytes = 64 * 1024;
 
 // x: [tokens, cols] bf16 aligned to 16 bytes, x_stride (elements between tokens) a multiple of 8. `beside`: adapters of
-// the output, planned by plan_beside (beside.cuh).
+// the output, planned by plan_beside (beside.cuh). `ready`: x has been written before the kernel before this one lets this
+// one start, so that both may run at the same time.
 struct beside_call;
 cudaError_t launch_product(const product_context *context, const packed_matrix &w, const __nv_bfloat16 *x,
                            int64_t x_stride, int tokens, const product_output &out, void *workspace,
-                           cudaStream_t stream, const beside_call *beside = nullptr);
+                           cudaStream_t stream, const beside_call *beside = nullptr, bool ready = false);
 
 // out[i, :] = row indices[i] of W as float; out_stride in elements. An index outside of the matrix gives zeros.
 cudaError_t launch_rows(const packed_matrix &w, const int32_t *indices, int n, float *out, int64_t out_stride,

@@ -108,7 +108,7 @@ __global__ void __maxnreg__(most_registers)
   unsigned n = blockIdx.x + warp_index() * gridDim.x, step = blockDim.x / warp_size * gridDim.x;
   unit.begin(n, all);
   decoder<kind> decode = make_decoder<kind>(shared, codebook);
-  wait_for_before();
+  wait_and_let_next_start();
 #pragma unroll 1
   for (; n < all; n += step) {
     unit.finish(decode);

@@ -95,15 +95,15 @@ class product_stage : public stage {
     adapter_call call = describe(e);
     beside_call beside;
     bool fits = members_.fit_beside(e, all_, beside);
-    extend_call left;
-    if (!fits) left = members_.before(e, call);  // the product fills its pipeline with weights meanwhile
+    adapted_members::preparation done;
+    if (!fits) done = members_.before(e, call);  // the product fills its pipeline with weights meanwhile
     e.weights.acquire(block_);
     if (fits)
       product(e, all_, call, call.x, 0, &beside);
     else
-      multiply(e, call);
+      multiply(e, call, done.ready);
     e.weights.release(block_);
-    if (!finish(e, call, fits, left) && gate_) gate_->launch(e);
+    if (!finish(e, call, fits, done.left) && gate_) gate_->launch(e);
     if (!head_) narrow(e, out_);
   }
 
@@ -137,10 +137,10 @@ class product_stage : public stage {
     return members_.after(e, call, left, &gate);
   }
 
-  void multiply(adrt_executable &e, const adapter_call &call) const {
+  void multiply(adrt_executable &e, const adapter_call &call, bool ready) const {
     const std::vector<product_member> &all = members_.all();
     if (std::none_of(all.begin(), all.end(), [&](const product_member &m) { return members_.maps_input(e, m); })) {
-      product(e, all_, call, call.x, 0);
+      product(e, all_, call, call.x, 0, nullptr, ready);
       return;
     }
     for (size_t i = 0; i < all.size(); i++) {
@@ -155,10 +155,10 @@ class product_stage : public stage {
   }
 
   void product(adrt_executable &e, const packed_matrix &w, const adapter_call &call, const __nv_bfloat16 *x, int64_t row,
-               const beside_call *beside = nullptr) const {
+               const beside_call *beside = nullptr, bool ready = false) const {
     product_output out = {call.y + row, call.y_stride, false, false};
     check(launch_product(e.products.context, e.weights.at(block_, w), x, call.x_stride, members_.tokens(e), out,
-                         e.workspace.bytes(), e.queues.main, beside),
+                         e.workspace.bytes(), e.queues.main, beside, ready),
           "product");
   }
 
