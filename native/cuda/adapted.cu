@@ -94,7 +94,10 @@ bool adapted_members::are_lone(const adrt_executable &e, const adapter_call &cal
   if (!records(e) || !chunks(e) || !s.single || s.stacked || !in_fours(call)) return false;
   lone = {call, {}, 0, 1, records(e)};
   if (!one_term_each(e, lone.kind, lone.rank_pieces) || lone.rank_pieces > most_lone_pieces) return false;
-  lone.splits = lone_splits(call, lone.rank_pieces, e.multiprocessors);
+  adapter_call &c = lone.call;
+  auto idle = [&](const member &m) { return !acts(e, m.target); };
+  if (!gated_) c.n_members = int32_t(std::remove_if(c.members, c.members + c.n_members, idle) - c.members);
+  lone.splits = lone_splits(c, lone.rank_pieces, e.multiprocessors);
   return true;
 }
 

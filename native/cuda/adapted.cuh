@@ -19,7 +19,9 @@ bool acts(const adrt_executable &e, int32_t target);
 
 class adapted_members {
  public:
-  adapted_members(std::vector<product_member> members, bool head) : members_(std::move(members)), head_(head) {}
+  // `gated`: `after` may get a gate.
+  adapted_members(std::vector<product_member> members, bool head, bool gated)
+      : members_(std::move(members)), head_(head), gated_(gated) {}
 
   const std::vector<product_member> &all() const { return members_; }
   int tokens(const adrt_executable &e) const { return head_ ? e.plan.n_logits : e.plan.n_tokens; }
@@ -52,7 +54,7 @@ class adapted_members {
   extend_call project(adrt_executable &e, const adapter_call &call) const;
 
   std::vector<product_member> members_;
-  bool head_;
+  bool head_, gated_;
 };
 
 }  // namespace adaptrt

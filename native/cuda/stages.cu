@@ -87,7 +87,7 @@ class product_stage : public stage {
  public:
   product_stage(view in, view out, bool head, loaded_matrix all, std::vector<product_member> members,
                 std::unique_ptr<combine_stage> gate)
-      : in_(in), out_(out), head_(head), all_(all.w), block_(all.block), members_(std::move(members), head),
+      : in_(in), out_(out), head_(head), all_(all.w), block_(all.block), members_(std::move(members), head, gate != nullptr),
         gate_(std::move(gate)) {}
 
   void launch(adrt_executable &e) const override {
