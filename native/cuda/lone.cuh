@@ -20,7 +20,7 @@ struct lone_call {
   int splits;         // of the inputs
   const term_record *records;
 };
-constexpr int most_lone_pieces = 16, most_lone_splits = 32;
+constexpr int most_lone_pieces = 4, most_lone_splits = 32;
 
 // Hidden values of a lone_call: [rows, members, rank_pieces, splits, 16], a piece's ranks in the order in which lanes of a
 // tensor core's operand have them: rank r at r % 8 / 2 * 4 + r / 8 * 2 + r % 2.
