@@ -1,7 +1,7 @@
 #include <algorithm>
 
 #include "expand.cuh"
-#include "lone_ring.cuh"
+#include "lone_shared.cuh"
 
 namespace adaptrt {
 namespace {
@@ -19,12 +19,13 @@ struct run_division {
 
 // A warp's part of shared memory: of `depth` blocks for each side (a member that takes part) codes, scales and outputs,
 // then each side's hidden values.
-template <weight_kind kind, int sides>
+template <weight_kind kind>
 struct warp_room {
   int scales, outputs, side, slot, hidden, all;
-  __host__ __device__ explicit warp_room(int rank_pieces)
-      : scales(rank_pieces * tile_bytes(kind)), outputs(scales + rank_pieces * scale_bytes), side(outputs + block_bytes),
-        slot(sides * side), hidden(depth * slot), all(hidden + sides * rank_pieces * scale_bytes) {}
+  __host__ __device__ warp_room(int sides, int rank_pieces)
+      : scales(rank_pieces * tile_bytes(kind)), outputs(scales + rank_pieces * scale_bytes),
+        side(outputs + block_bytes), slot(sides * side), hidden(depth * slot),
+        all(hidden + sides * rank_pieces * scale_bytes) {}
 };
 
 // ---- U h: runs of 64 outputs of a token, by a warp ----
@@ -35,7 +36,7 @@ __device__ float2 vector_at(const float *vector, int row) {
 
 // What a warp needs of a member for a token, for the blocks of its run from the first to the last. Half of the lanes bring a
 // block's outputs, the others its scales.
-template <weight_kind kind>
+template <weight_kind kind, bool one>
 struct run_side {
   const uint8_t *codes;  // the lane's, of the block that is fetched next
   const uint8_t *line;   // likewise of its outputs or scales
@@ -62,12 +63,16 @@ struct run_side {
   }
   __device__ void fetch_codes(uint32_t to, uint64_t policy) {
 #pragma unroll 1
-    for (int r = 0; r < ranks; r++, to += tile_bytes(kind), codes += tile_bytes(kind))
+    for (int r = 0; r < ranks; r++, to += tile_bytes(kind)) {
 #pragma unroll
-      for (int v = 0; v < decoder<kind>::vectors; v++) copy_async(to + lane_index() * 16 + v * 512, codes + v * 512, policy);
+      for (int v = 0; v < decoder<kind>::vectors; v++)
+        copy_async(to + lane_index() * 16 + v * 512, codes + v * 512, policy);
+      codes += tile_bytes(kind);
+      if (one) break;
+    }
   }
   // `outputs`: of so many outputs, not more than there are.
-  __device__ void fetch_line(uint32_t to, const warp_room<kind, 1> &room, int outputs, bool here) {
+  __device__ void fetch_line(uint32_t to, const warp_room<kind> &room, int outputs, bool here) {
     int at = lane_index() * 16;
     bool mine = brings_outputs();
     bool there = mine ? at < outputs * int(sizeof(float)) : decoder<kind>::scaled && at - block_bytes < ranks * scale_bytes;
@@ -77,20 +82,21 @@ struct run_side {
   }
 };
 
-// y = g_out * (y + e * U hidden) for some blocks of outputs; of two sides the second gated by the first.
-template <weight_kind kind, int sides>
+// y = g_out * (y + e * U hidden) for some blocks of outputs; of two sides the second gated by the first. `one`: no adapter
+// has more than one piece of ranks, which makes constants of many addresses.
+template <weight_kind kind, int sides, bool one>
 struct output_run {
   const lone_call &lone;
-  const warp_room<kind, sides> room;
-  const warp_room<kind, 1> of_side;
+  const int rank_pieces;
+  const warp_room<kind> room;
   uint32_t start;
   uint64_t policy;
-  run_side<kind> of[sides];
+  run_side<kind, one> of[sides];
   int token, rows, first_block, blocks;
 
   __device__ output_run(const lone_call &lone, uint32_t warps_start)
-      : lone(lone), room(lone.rank_pieces), of_side(lone.rank_pieces), start(warps_start + warp_index() * room.all),
-        policy(evict_first_policy()), blocks(0) {}
+      : lone(lone), rank_pieces(one ? 1 : lone.rank_pieces), room(sides, rank_pieces),
+        start(warps_start + warp_index() * room.all), policy(evict_first_policy()), blocks(0) {}
 
   __device__ uint32_t slot(int block, int side) const { return start + block % depth * room.slot + side * room.side; }
   __device__ int outputs_of(int block) const { return rows - (first_block + block) * BLOCK; }
@@ -114,12 +120,12 @@ struct output_run {
 #pragma unroll
       for (int k = 0; k < sides; k++) {
         of[k].fetch_codes(slot(i, k), policy);
-        of[k].fetch_line(slot(i, k), of_side, outputs_of(i), !of[k].brings_outputs());
+        of[k].fetch_line(slot(i, k), room, outputs_of(i), !of[k].brings_outputs());
       }
   }
 
   // The sums of splits, added up. Reading is the lanes', for all splits at once; then all of them have all sums.
-  __device__ void load_hidden(int k, const run_side<kind> &s) const {
+  __device__ void load_hidden(int k, const run_side<kind, one> &s) const {
     const float4 *from = reinterpret_cast<const float4 *>(lone.call.hidden + s.hidden) + lane_index();
 #pragma unroll 1
     for (int r = 0; r < s.ranks; r++, from += 4 * lone.splits) {
@@ -134,7 +140,7 @@ struct output_run {
         sum.x += __shfl_xor_sync(all_lanes, sum.x, step), sum.y += __shfl_xor_sync(all_lanes, sum.y, step);
         sum.z += __shfl_xor_sync(all_lanes, sum.z, step), sum.w += __shfl_xor_sync(all_lanes, sum.w, step);
       }
-      uint32_t to = start + room.hidden + (k * lone.rank_pieces + r) * scale_bytes + lane_index() * 16;
+      uint32_t to = start + room.hidden + (k * rank_pieces + r) * scale_bytes + lane_index() * 16;
       if (lane_index() < 4)
         asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(sum.x), "f"(sum.y), "f"(sum.z), "f"(sum.w));
     }
@@ -143,17 +149,17 @@ struct output_run {
   // The lane's two outputs of a side, times nothing but U.
   __device__ float2 multiply(uint32_t from, int k, int ranks, const decoder<kind> &decode) const {
     float c[4] = {};
-    uint32_t hidden = start + room.hidden + k * lone.rank_pieces * scale_bytes + lane_index() % 4 * 16;
-    uint32_t scales = from + of_side.scales + lane_index() % 4 * 8;
+    uint32_t hidden = start + room.hidden + k * rank_pieces * scale_bytes + lane_index() % 4 * 16;
+    uint32_t scales = from + room.scales + lane_index() % 4 * 8;
     from += lane_index() * 16;
 #pragma unroll 1
     for (int r = 0; r < ranks; r++, from += tile_bytes(kind), hidden += scale_bytes, scales += scale_bytes) {
-      uint4 codes[decoder<kind>::vectors], bits = load_vector(hidden);
+      uint4 codes[decoder<kind>::vectors];
 #pragma unroll
       for (int v = 0; v < decoder<kind>::vectors; v++) codes[v] = load_vector(from + v * 512);
-      float2 by[2] = {};
+      float2 low = load_float2(hidden), high = load_float2(hidden + 8), by[2] = {};
       if (decoder<kind>::scaled) by[0] = load_float2(scales), by[1] = load_float2(scales + 32);
-      lane_ranks values = {{__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z), __uint_as_float(bits.w)}};
+      lane_ranks values = {{low.x, low.y, high.x, high.y}};
       uint32_t b[2];
       values.column<kind>(by, b);
 #pragma unroll
@@ -163,13 +169,14 @@ struct output_run {
         bool mine = lane_index() / 8 == s;
         multiply_add(c, a, mine ? b[0] : 0, mine ? b[1] : 0);
       }
+      if (one) break;
     }
     return make_float2(c[0] + c[1], c[2] + c[3]);
   }
 
   __device__ float2 outputs(int block, int k, int row, const decoder<kind> &decode) const {
-    const run_side<kind> &s = of[k];
-    float2 y = load_float2(slot(block, k) + of_side.outputs + lane_outputs<true>::row(0) * int(sizeof(float)));
+    const run_side<kind, one> &s = of[k];
+    float2 y = load_float2(slot(block, k) + room.outputs + lane_outputs<true>::row(0) * int(sizeof(float)));
     float2 change = multiply(slot(block, k), k, s.ranks, decode);
     if (row >= rows) return y;
     if (s.e) {
@@ -189,7 +196,8 @@ struct output_run {
 #pragma unroll 1
     for (int i = 0; i < depth; i++, commit_copies())
 #pragma unroll
-      for (int k = 0; k < sides; k++) of[k].fetch_line(slot(i, k), of_side, outputs_of(i), of[k].brings_outputs() && i < blocks);
+      for (int k = 0; k < sides; k++)
+        of[k].fetch_line(slot(i, k), room, outputs_of(i), of[k].brings_outputs() && i < blocks);
 #pragma unroll
     for (int k = 0; k < sides; k++) load_hidden(k, of[k]);
 #pragma unroll 1
@@ -200,7 +208,8 @@ struct output_run {
       float2 y = outputs(i, 0, row, decode);
       if (sides == 2) {
         float2 up = outputs(i, sides - 1, row, decode);
-        if (row < rows) gate.out.put_two(token, row, {gated(gate.kind, y.x, up.x), gated(gate.kind, y.y, up.y)});
+        float2 out = make_float2(gated(gate.kind, y.x, up.x), gated(gate.kind, y.y, up.y));
+        if (row < rows) gate.out.put_two(token, row, out);
       } else if (row < rows) {
         *reinterpret_cast<float2 *>(of[0].y + row) = y;
       }
@@ -209,7 +218,7 @@ struct output_run {
 #pragma unroll
         for (int k = 0; k < sides; k++) {
           of[k].fetch_codes(slot(i, k), policy);
-          of[k].fetch_line(slot(i, k), of_side, outputs_of(i + depth), true);
+          of[k].fetch_line(slot(i, k), room, outputs_of(i + depth), true);
         }
       commit_copies();
     }
@@ -217,12 +226,12 @@ struct output_run {
 };
 
 // A block of threads has neighbouring runs: of a few tokens, whose factors it reads from end to end.
-template <weight_kind kind, int sides>
+template <weight_kind kind, int sides, bool one>
 __global__ void __launch_bounds__(most_warps<kind> *warp_size, 1)
     expand_lone(const __grid_constant__ lone_call lone, const __grid_constant__ run_division work,
                 const __grid_constant__ lone_gate gate, const __grid_constant__ nf4_values codebook) {
   extern __shared__ __align__(1024) uint8_t shared[];
-  output_run<kind, sides> run(lone, shared_address(shared) + table_bytes<kind>);
+  output_run<kind, sides, one> run(lone, shared_address(shared) + table_bytes<kind>);
   unsigned all = unsigned(work.runs) * lone.call.n_tiles, of_block = (all + gridDim.x - 1) / gridDim.x;
   unsigned first = blockIdx.x * of_block, end = min(all, first + of_block), step = blockDim.x / warp_size;
   run.begin(work, first + warp_index(), end);
@@ -242,18 +251,18 @@ run_division divide(const adapter_call &call, int members, int run) {
   return work;
 }
 
-template <weight_kind kind, int sides>
+template <weight_kind kind, int sides, bool one>
 void launch_kind(const queue &q, const lone_call &lone, const lone_gate &gate, const lone_device &device) {
-  lone_launch sizes(device, table_bytes<kind>, warp_room<kind, sides>(lone.rank_pieces).all, most_warps<kind>);
+  lone_launch sizes(device, table_bytes<kind>, warp_room<kind>(sides, lone.rank_pieces).all, most_warps<kind>);
   int members = sides == 1 ? lone.call.n_members : 1;  // which are divided
   int64_t blocks = int64_t(divide(lone.call, members, 1).runs) * lone.call.n_tiles;
   int64_t together = int64_t(sizes.warps) * device.multiprocessors;
   run_division work =
       divide(lone.call, members, int(std::min<int64_t>(most_blocks_of_run, (blocks + together - 1) / together)));
-  check(cudaFuncSetAttribute(expand_lone<kind, sides>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizes.shared_bytes),
+  check(cudaFuncSetAttribute(expand_lone<kind, sides, one>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizes.shared_bytes),
         "adapters");
   dim3 grid(unsigned(std::min<int64_t>(device.multiprocessors, int64_t(work.runs) * lone.call.n_tiles)));
-  launch(q, expand_lone<kind, sides>, grid, unsigned(sizes.warps * warp_size), size_t(sizes.shared_bytes), lone, work, gate,
+  launch(q, expand_lone<kind, sides, one>, grid, unsigned(sizes.warps * warp_size), size_t(sizes.shared_bytes), lone, work, gate,
          nf4_codebook());
 }
 
@@ -266,11 +275,13 @@ bool in_fours(const adapter_call &call) {
 }
 
 void launch_expand_lone(const queue &q, const lone_call &lone, const lone_gate *gate, const lone_device &device) {
-  with_lone_kind(lone.kind, [&](auto kind) {
-    if (gate)
-      launch_kind<decltype(kind)::value, 2>(q, lone, *gate, device);
-    else
-      launch_kind<decltype(kind)::value, 1>(q, lone, {}, device);
+  lone_gate to = gate ? *gate : lone_gate{};
+  with_lone_kind(lone.kind, [&](auto of) {
+    constexpr weight_kind kind = decltype(of)::value;
+    bool one = lone.rank_pieces == 1;
+    auto launch = gate ? one ? launch_kind<kind, 2, true> : launch_kind<kind, 2, false>
+                       : one ? launch_kind<kind, 1, true> : launch_kind<kind, 1, false>;
+    launch(q, lone, to, device);
   });
 }
 

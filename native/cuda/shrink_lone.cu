@@ -1,6 +1,6 @@
 #include <algorithm>
 
-#include "lone_ring.cuh"
+#include "lone_shared.cuh"
 
 namespace adaptrt {
 namespace {
@@ -9,10 +9,29 @@ namespace {
 constexpr int warps = 16, most_registers = 48;
 constexpr int unit_blocks = 4;  // what a unit costs beside its blocks of inputs, in such blocks
 
+// A warp's ring in shared memory: pieces of V, and the inputs that they meet.
 template <weight_kind kind>
-using input_ring = piece_ring<kind, kind == weight_kind::bf16 ? 4 : 8, BLOCK * int(sizeof(__nv_bfloat16))>;
-template <weight_kind kind>
-constexpr int ring_depth = input_ring<kind>::bytes / input_ring<kind>::slot_bytes;
+struct input_ring {
+  static constexpr int depth = kind == weight_kind::bf16 ? 4 : 8, vectors = decoder<kind>::vectors;
+  static constexpr int scales_at = tile_bytes(kind), scale_bytes = decoder<kind>::scaled ? panel_ranks * 4 : 0;
+  static constexpr int inputs_at = scales_at + scale_bytes, input_bytes = BLOCK * int(sizeof(__nv_bfloat16));
+  static constexpr int slot_bytes = inputs_at + input_bytes, bytes = depth * slot_bytes;
+  uint32_t start;
+  uint64_t policy;
+
+  __device__ uint32_t slot(int i) const { return start + i % depth * slot_bytes; }
+  __device__ void fetch_piece(int i, const uint8_t *pieces, const float *scales, int piece) const {
+    int at = lane_index() * 16;
+    const uint8_t *from = pieces + int64_t(piece) * tile_bytes(kind) + at;
+#pragma unroll
+    for (int v = 0; v < vectors; v++) copy_async(slot(i) + at + v * 512, from + v * 512, policy);
+    if (at < scale_bytes) copy_async(slot(i) + scales_at + at, scales + piece * panel_ranks + at / 4, policy);
+  }
+  __device__ void fetch_inputs(int i, const __nv_bfloat16 *x) const {
+    int at = lane_index() * 16;
+    if (at < input_bytes) copy_async(slot(i) + inputs_at + at, x + at / int(sizeof(__nv_bfloat16)));
+  }
+};
 
 // ---- V x: 16 ranks of a token and a part of the inputs, by a warp ----
 
@@ -27,7 +46,8 @@ struct shrink_unit {
   float by[2];  // of the lane's ranks
   int first_piece, blocks;
 
-  __device__ shrink_unit(const lone_call &lone, uint32_t ring_start) : lone(lone), ring(ring_start), blocks(0) {}
+  __device__ shrink_unit(const lone_call &lone, uint32_t warps_start)
+      : lone(lone), ring{warps_start + warp_index() * ring.bytes, evict_first_policy()}, blocks(0) {}
 
   // Finds out what unit `n` is, and has its factors brought.
   __device__ void begin(unsigned n, unsigned all) {
@@ -47,7 +67,7 @@ struct shrink_unit {
     x = c.x + token * c.x_stride + first * BLOCK;
     out = c.hidden + ((t.row * of_token + at) * lone.splits + split) * panel_ranks;
 #pragma unroll 1
-    for (int i = 0; i < min(blocks, ring_depth<kind>); i++) ring.fetch_factor(i, v, v_scales, first_piece + i);
+    for (int i = 0; i < min(blocks, ring.depth); i++) ring.fetch_piece(i, v, v_scales, first_piece + i);
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       int rank = rank_piece * panel_ranks + lane_index() / 4 + 8 * h;
@@ -55,40 +75,38 @@ struct shrink_unit {
     }
   }
   __device__ void multiply(int i, const decoder<kind> &decode, float sums[2]) const {
-    uint32_t slot = ring.slot(i), inputs = slot + ring.lines_at + lane_index() % 4 * 32;
-    uint4 codes[decoder<kind>::vectors], values[2] = {load_vector(inputs), load_vector(inputs + 16)};
-    ring.load_codes(i, codes);
+    uint32_t slot = ring.slot(i), inputs = slot + ring.inputs_at + lane_index() % 4 * 32;
+    uint4 codes[ring.vectors], x[2] = {load_vector(inputs), load_vector(inputs + 16)};
+#pragma unroll
+    for (int k = 0; k < ring.vectors; k++) codes[k] = load_vector(slot + lane_index() * 16 + k * 512);
     float c[4] = {};
 #pragma unroll
     for (int s = 0; s < 4; s++) {
       uint32_t a[4];
       decode.step(codes, s, a);
-      multiply_add(c, a, word_of(values[s / 2], s % 2 * 2), word_of(values[s / 2], s % 2 * 2 + 1));
+      multiply_add(c, a, word_of(x[s / 2], s % 2 * 2), word_of(x[s / 2], s % 2 * 2 + 1));
     }
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      float scale = decoder<kind>::scaled ? load_float(slot + ring.scales_at + (lane_index() / 4 + 8 * h) * 4) : 1.f;
-      sums[h] += scale * c[2 * h];
+      uint32_t scale = slot + ring.scales_at + (lane_index() / 4 + 8 * h) * 4;
+      sums[h] += decoder<kind>::scaled ? load_float(scale) * c[2 * h] : c[2 * h];
     }
   }
   __device__ void finish(const decoder<kind> &decode) const {
     if (!blocks) return;
-    constexpr int depth = ring_depth<kind>, line = BLOCK * int(sizeof(__nv_bfloat16));
     float sums[2] = {};
 #pragma unroll 1
-    for (int i = 0; i < depth; i++) {
-      ring.fetch_line(i, x + i * BLOCK, i < blocks ? line : 0);
-      commit_copies();
-    }
+    for (int i = 0; i < ring.depth; i++, commit_copies())
+      if (i < blocks) ring.fetch_inputs(i, x + i * BLOCK);
 #pragma unroll 1
-    for (int i = 0; i < blocks; i++) {
-      ring.wait_for_slot();
+    for (int i = 0, ahead = ring.depth; i < blocks; i++, ahead++) {
+      wait_for_copies<input_ring<kind>::depth - 1>();
+      __syncwarp();
       multiply(i, decode, sums);
       __syncwarp();
-      int ahead = i + depth;
       if (ahead < blocks) {
-        ring.fetch_factor(ahead, v, v_scales, first_piece + ahead);
-        ring.fetch_line(ahead, x + ahead * BLOCK, line);
+        ring.fetch_piece(ahead, v, v_scales, first_piece + ahead);
+        ring.fetch_inputs(ahead, x + ahead * BLOCK);
       }
       commit_copies();
     }
@@ -103,7 +121,7 @@ template <weight_kind kind>
 __global__ void __maxnreg__(most_registers)
     shrink_lone(const __grid_constant__ lone_call lone, const __grid_constant__ nf4_values codebook) {
   extern __shared__ __align__(1024) uint8_t shared[];
-  shrink_unit<kind> unit(lone, shared_address(shared) + table_bytes<kind> + warp_index() * input_ring<kind>::bytes);
+  shrink_unit<kind> unit(lone, shared_address(shared) + table_bytes<kind>);
   unsigned all = unsigned(lone.call.n_tiles) * lone.call.n_members * lone.rank_pieces * lone.splits;
   unsigned n = blockIdx.x + warp_index() * gridDim.x, step = blockDim.x / warp_size * gridDim.x;
   unit.begin(n, all);
