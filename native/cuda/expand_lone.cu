@@ -30,12 +30,14 @@ struct warp_room {
 
 // ---- U h: runs of 64 outputs of a token, by a warp ----
 
-__device__ float2 vector_at(const float *vector, int row) {
-  return vector ? *reinterpret_cast<const float2 *>(vector + row) : make_float2(1, 1);
+__device__ void multiply_by(float2 &v, const float *vector, int row) {  // which may be NULL
+  if (!vector) return;
+  float2 by = *reinterpret_cast<const float2 *>(vector + row);
+  v.x *= by.x, v.y *= by.y;
 }
 
-// What a warp needs of a member for a token, for the blocks of its run from the first to the last. Half of the lanes bring a
-// block's outputs, the others its scales.
+// What a warp needs of a member for a token, for one block of its run after the other. Half of the lanes bring a block's
+// outputs, the others its scales.
 template <weight_kind kind, bool one>
 struct run_side {
   const uint8_t *codes;  // the lane's, of the block that is fetched next
@@ -71,14 +73,15 @@ struct run_side {
       if (one) break;
     }
   }
-  // `outputs`: of so many outputs, not more than there are.
+  // `outputs`: how many there are from the block's first on. `here`: whether this lane's half is to be brought.
   __device__ void fetch_line(uint32_t to, const warp_room<kind> &room, int outputs, bool here) {
     int at = lane_index() * 16;
-    bool mine = brings_outputs();
-    bool there = mine ? at < outputs * int(sizeof(float)) : decoder<kind>::scaled && at - block_bytes < ranks * scale_bytes;
     if (!here) return;
-    if (there) copy_async(to + (mine ? room.outputs + at : room.scales + at - block_bytes), line);
-    line += mine ? block_bytes : ranks * scale_bytes;
+    bool first_half = brings_outputs();
+    int bytes = first_half ? outputs * int(sizeof(float)) : decoder<kind>::scaled ? ranks * scale_bytes : 0;
+    if (!first_half) at -= block_bytes;
+    if (at < bytes) copy_async(to + (first_half ? room.outputs : room.scales) + at, line);
+    line += first_half ? block_bytes : bytes;
   }
 };
 
@@ -179,15 +182,9 @@ struct output_run {
     float2 y = load_float2(slot(block, k) + room.outputs + lane_outputs<true>::row(0) * int(sizeof(float)));
     float2 change = multiply(slot(block, k), k, s.ranks, decode);
     if (row >= rows) return y;
-    if (s.e) {
-      float2 e = vector_at(s.e, row);
-      change.x *= e.x, change.y *= e.y;
-    }
+    multiply_by(change, s.e, row);
     y.x += change.x, y.y += change.y;
-    if (s.g_out) {
-      float2 gain = vector_at(s.g_out, row);
-      y.x *= gain.x, y.y *= gain.y;
-    }
+    multiply_by(y, s.g_out, row);
     return y;
   }
 
