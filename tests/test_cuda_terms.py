@@ -9,7 +9,7 @@ import pytest
 from helpers.cuda import TOLERANCE, assert_close, load, needs_gpu, plain, reference, sparse
 
 from adaptrt.adapters.normal import Kronecker, Lowered, LoweredAdapter, LowRank
-from adaptrt.program import Add, Embed, Linear, Logits, Norm
+from adaptrt.program import Add, Embed, Gated, Linear, Logits, Norm, Op
 from adaptrt.quant.plain import from_float32
 from adaptrt.testing.programs import (
     DTYPES,
@@ -219,6 +219,40 @@ def test_many_adapters_in_one_batch() -> None:
             compare_stacks(linear_model(out, IN, "nf4"), one_kind, runs[:20], TOLERANCE)
     runs = [Run([i % VOCABULARY] * (1 + i % 3), stack=(0,) * (i % 3)) for i in range(50)]
     compare_stacks(adapted_model(), adapters, runs, TOLERANCE)
+
+
+@needs_gpu
+def test_many_adapters_with_longer_factors() -> None:
+    """V with more columns than there are inputs and more than 16 ranks, U with more rows than outputs."""
+    adapters: list[LoweredAdapter] = [{"w": Lowered((plain(20, OUT + 40, IN + 3, i),))} for i in range(20)]
+    runs = [Run([i % VOCABULARY], stack=(i,)) for i in range(20)]
+    compare_stacks(linear_model(OUT, IN, "nf4"), adapters, runs, TOLERANCE)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", ["bf16", "int8", "nf4"])
+@pytest.mark.parametrize(("out", "tokens", "kept"), [(192, 40, False), (192, 40, True), (1088, 700, False)])
+def test_gates_of_many_adapters(out: int, tokens: int, kept: bool, dtype: str) -> None:
+    """A gate whose inputs nobody else wants, or somebody does; and more tokens than the warps of a GPU do at once."""
+    tensors: dict[str, Any] = {}
+    for name in ("w", "v"):
+        weight(name, out, IN, "nf4", tensors)
+    activation = "gelu_tanh" if kept else "silu"
+    ops: list[Op] = [Linear("gate", "x", "w", None, "w"), Linear("up", "x", "v", None, "v")]
+    ops += [Gated("gate", "gate", "up", activation), *[Add("gate", "gate", "up")] * kept]
+    model = probe(ops, "gate", {"x": IN, "gate": out, "up": out}, tensors)
+
+    def lowered(rank: int, seed: int, **vectors: Any) -> Lowered:
+        term = plain(rank, out, IN, seed, dtype, dtype)
+        return Lowered((replace(term, d=1 + random(seed, rank)),), **vectors)
+
+    adapters: list[LoweredAdapter] = [
+        {"w": lowered(16, 1), "v": lowered(8, 2)},
+        {"w": lowered(33, 3, g_out=random(4, out))},
+        {"v": lowered(1, 5), "w": Lowered(g_out=random(6, out))},
+    ]
+    runs = [Run([i % VOCABULARY], stack=((0,), (1,), (2,), ())[i % 4]) for i in range(tokens)]
+    compare_stacks(model, adapters, runs, 2 * TOLERANCE)
 
 
 @needs_gpu

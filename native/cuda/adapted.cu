@@ -2,12 +2,15 @@
 
 #include <algorithm>
 
+#include "launch.cuh"
 #include "panels.cuh"
 
 namespace adaptrt {
 namespace {
 
 const host_attachment &acting(const adrt_executable &e, const product_member &m) { return e.acting[size_t(m.target)]; }
+
+lone_device device_of(const adrt_executable &e) { return {e.multiprocessors, e.products.context->shared_bytes}; }
 
 }  // namespace
 
@@ -29,10 +32,13 @@ bool adapted_members::has_other(const adrt_executable &e, const product_member &
 }
 
 int64_t adapted_members::hidden_width(const adrt_executable &e) const {
-  int64_t width = 0;
-  for (const product_member &m : members_)
-    if (acts(e, m.target)) width += acting(e, m).width;
-  return width;
+  int64_t width = 0, pieces = 0;
+  for (const product_member &m : members_) {
+    if (!acts(e, m.target)) continue;
+    width += acting(e, m).width;
+    pieces = std::max(pieces, shrink_chunks(acting(e, m).width));
+  }
+  return std::max(width, int64_t(members_.size()) * pieces * panel_ranks);  // lone.cuh has whole pieces of all members
 }
 
 int64_t adapted_members::projected_width(const adrt_executable &e) const {
@@ -85,9 +91,14 @@ bool adapted_members::one_term_each(const adrt_executable &e, weight_kind &kind,
 // Whether adapters are as lone.cuh says.
 bool adapted_members::are_lone(const adrt_executable &e, const adapter_call &call, lone_call &lone) const {
   const segment_plan &s = segments(e);
-  if (!chunks(e) || !s.single || s.stacked) return false;
-  lone = {call, {}, 0, records(e)};
-  return one_term_each(e, lone.kind, lone.rank_pieces);
+  if (!records(e) || !chunks(e) || !s.single || s.stacked || !in_fours(call)) return false;
+  lone = {call, {}, 0, 1, records(e)};
+  if (!one_term_each(e, lone.kind, lone.rank_pieces) || lone.rank_pieces > most_lone_pieces) return false;
+  adapter_call &c = lone.call;
+  auto idle = [&](const member &m) { return !acts(e, m.target); };
+  if (!gated_) c.n_members = int32_t(std::remove_if(c.members, c.members + c.n_members, idle) - c.members);
+  lone.splits = lone_splits(c, lone.rank_pieces, e.multiprocessors);
+  return true;
 }
 
 // Whether adapters are as split.cuh says.
@@ -146,7 +157,7 @@ extend_call adapted_members::project(adrt_executable &e, const adapter_call &cal
 }
 
 adapters_left adapted_members::before(adrt_executable &e, const adapter_call &call, const packed_matrix &product) const {
-  adapters_left left = {project(e, call), false, {}};
+  adapters_left left = {project(e, call), false, false, {}};
   const segment_plan &s = segments(e);
   adapter_call shrink = call;
   shrink.tiles = s.device_shrink_tiles, shrink.n_tiles = int32_t(s.shrink_tiles.size());
@@ -154,26 +165,33 @@ adapters_left adapted_members::before(adrt_executable &e, const adapter_call &ca
   left.are_split = are_split(e, call, left.split);
   left.split.after_product = left.are_split && leaves_room_after(e.products.context, product, tokens(e));
   if (left.split.after_product) return left;
+  left.ready = !left.are_split && are_lone(e, call, lone);
   if (left.are_split)
     launch_shrink_split(e.queue(), left.split);
-  else if (records(e) && are_lone(e, call, lone))
-    launch_shrink_lone(e.queue(), lone, e.multiprocessors);
+  else if (left.ready)
+    launch_shrink_lone(e.queue(), lone, device_of(e));
   else
     launch_shrink(e.queue(), shrink, chunks(e), e.multiprocessors);
   return left;
 }
 
-void adapted_members::after(adrt_executable &e, const adapter_call &call, const adapters_left &left) const {
+bool adapted_members::after(adrt_executable &e, const adapter_call &call, const adapters_left &left,
+                            const lone_gate *gate) const {
   if (left.common.n_members) launch_extend(e.queue(), left.common, e.multiprocessors);
   lone_call lone;
   if (left.split.after_product) launch_shrink_split(e.queue(), left.split);
-  if (left.are_split)
+  if (left.are_split) {
     launch_expand_split(e.queue(), left.split, e.multiprocessors);
-  else if (records(e) && are_lone(e, call, lone) && in_fours(call))
-    launch_expand_lone(e.queue(), lone, e.multiprocessors);
-  else if (std::any_of(members_.begin(), members_.end(),
-                       [&](const product_member &m) { return m.bias || has_other(e, m); }))
+    return false;
+  }
+  if (are_lone(e, call, lone)) {
+    launch_expand_lone(e.queue(), lone, gate, device_of(e));
+    return true;
+  }
+  if (std::any_of(members_.begin(), members_.end(),
+                  [&](const product_member &m) { return m.bias || has_other(e, m); }))
     launch_expand(e.queue(), call, segments(e).single, e.multiprocessors);
+  return false;
 }
 
 }  // namespace adaptrt

@@ -21,13 +21,16 @@ bool acts(const adrt_executable &e, int32_t target);
 // Once what is before a product is launched.
 struct adapters_left {
   extend_call common;
+  bool ready;      // the product may run at the same time as what was launched (launch_product)
   bool are_split;  // as `split` says; after the product with V x, or without
   split_call split;
 };
 
 class adapted_members {
  public:
-  adapted_members(std::vector<product_member> members, bool head) : members_(std::move(members)), head_(head) {}
+  // `gated`: `after` may get a gate.
+  adapted_members(std::vector<product_member> members, bool head, bool gated)
+      : members_(std::move(members)), head_(head), gated_(gated) {}
 
   const std::vector<product_member> &all() const { return members_; }
   int tokens(const adrt_executable &e) const { return head_ ? e.plan.n_logits : e.plan.n_tokens; }
@@ -40,7 +43,8 @@ class adapted_members {
   bool fit_beside(adrt_executable &e, const adapter_call &call, const packed_matrix &product, beside_call &beside) const;
   // What is launched before the product, V x if there is no room for it beside the product. The result says what is left.
   adapters_left before(adrt_executable &e, const adapter_call &call, const packed_matrix &product) const;
-  void after(adrt_executable &e, const adapter_call &call, const adapters_left &left) const;
+  // The result says whether `gate` (or NULL) has been applied, too.
+  bool after(adrt_executable &e, const adapter_call &call, const adapters_left &left, const lone_gate *gate) const;
 
   int64_t hidden_width(const adrt_executable &e) const;
   int64_t projected_width(const adrt_executable &e) const;
@@ -56,7 +60,7 @@ class adapted_members {
   extend_call project(adrt_executable &e, const adapter_call &call) const;
 
   std::vector<product_member> members_;
-  bool head_;
+  bool head_, gated_;
 };
 
 }  // namespace adaptrt

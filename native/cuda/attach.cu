@@ -79,7 +79,8 @@ class attaching {
     host.alone = host.v && in.n_terms == 1 && !in.g_out && !in.c;
     const term *only = in.n_terms == 1 ? &terms_.back() : nullptr;
     bool low_rank = only && only->kind == ADRT_LOW_RANK && !only->identity && only->u.dtype == only->v.dtype;
-    host.lone = (low_rank || !in.n_terms) && !in.c;
+    bool fits = low_rank && only->v.stride == cpu_align(point.inner, BLOCK);  // V has no columns to pass over
+    host.lone = (fits || !in.n_terms) && !in.c;
     host.vectors = in.g_out || (low_rank && only->e);
     host.dtype = low_rank ? only->u.dtype : -1;
   }

@@ -142,6 +142,11 @@ __device__ inline void copy_async(uint32_t to, const void *from, uint64_t policy
                : "memory");
 }
 
+// 16 bytes of what kernels before have written.
+__device__ inline void copy_async(uint32_t to, const void *from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+
 // Eight columns of a token to shared memory, zeros where there are none.
 __device__ inline void copy_columns(uint32_t to, const __nv_bfloat16 *row, int col, int cols) {
   int bytes = max(min(cols - col, 8), 0) * 2;

@@ -18,6 +18,12 @@ void launch_norm(const queue &q, const norm_call &call, int tokens);
 
 enum class combination : int32_t { add, silu, gelu_tanh, scale };
 // add: a + b; silu, gelu_tanh: activation(a) * b; scale: a * factor, capped when cap > 0
+__device__ inline float gated(combination kind, float a, float b) {
+  if (kind == combination::silu) return __fdividef(a, 1.f + __expf(-a)) * b;
+  float inner = 0.79788456f * (a + 0.044715f * a * a * a);  // sqrt(2 / pi)
+  return 0.5f * a * (1.f + tanhf(inner)) * b;
+}
+
 struct combine_call {
   combination kind;
   source a, b;

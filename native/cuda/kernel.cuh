@@ -25,6 +25,12 @@ struct destination {
     if (wide) wide[token * wide_stride + column] = value;
     if (narrow) narrow[token * narrow_stride + column] = __float2bfloat16(value);
   }
+  // Two neighbours, aligned as such.
+  __device__ void put_two(int64_t token, int64_t column, const float2 &v) const {
+    if (wide) *reinterpret_cast<float2 *>(wide + token * wide_stride + column) = v;
+    __nv_bfloat162 pair = __floats2bfloat162_rn(v.x, v.y);
+    if (narrow) *reinterpret_cast<__nv_bfloat162 *>(narrow + token * narrow_stride + column) = pair;
+  }
   // Four neighbours, aligned as such.
   __device__ void put_four(int64_t token, int64_t column, const float4 &v) const {
     if (wide) *reinterpret_cast<float4 *>(wide + token * wide_stride + column) = v;
@@ -40,6 +46,14 @@ __device__ inline void wait_for_before() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The same for a kernel whose next one need not wait for it, but for what is before both (launch_product: `ready`).
+__device__ inline void wait_and_let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 

@@ -30,6 +30,7 @@ struct product_call {
   void *workspace;
   cudaStream_t stream;
   const beside_call *beside;  // or NULL; product_few.cu only
+  bool ready;                 // as launch_product says; product_some.cu only
 };
 
 // Columns in boxes of 64, tokens in boxes of n: what one copy to shared memory fetches, on Hopper.

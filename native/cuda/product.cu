@@ -103,9 +103,9 @@ bool leaves_room_after(const product_context *context, const packed_matrix &w, i
 
 cudaError_t launch_product(const product_context *context, const packed_matrix &w, const __nv_bfloat16 *x,
                            int64_t x_stride, int tokens, const product_output &out, void *workspace,
-                           cudaStream_t stream, const beside_call *beside) {
+                           cudaStream_t stream, const beside_call *beside, bool ready) {
   if (tokens < 1) return tokens ? cudaErrorInvalidValue : cudaSuccess;
-  product_call call = {context, w, x, x_stride, tokens, out, workspace, stream, beside};
+  product_call call = {context, w, x, x_stride, tokens, out, workspace, stream, beside, ready};
   switch (choose(*context, w, tokens)) {
     case way::dense: return launch_dense(call);
     case way::some: return launch_some(call);

@@ -66,11 +66,12 @@ size_t product_workspace_bytes(const product_context *context, const packed_matr
 constexpr size_t workspace_zero_bytes = 64 * 1024;
 
 // x: [tokens, cols] bf16 aligned to 16 bytes, x_stride (elements between tokens) a multiple of 8. `beside`: adapters of
-// the output, planned by plan_beside (beside.cuh).
+// the output, planned by plan_beside (beside.cuh). `ready`: x has been written before the kernel before this one lets this
+// one start, so that both may run at the same time.
 struct beside_call;
 cudaError_t launch_product(const product_context *context, const packed_matrix &w, const __nv_bfloat16 *x,
                            int64_t x_stride, int tokens, const product_output &out, void *workspace,
-                           cudaStream_t stream, const beside_call *beside = nullptr);
+                           cudaStream_t stream, const beside_call *beside = nullptr, bool ready = false);
 
 // Whether a kernel that is launched after the product may read x from its start on, and finds room beside it.
 bool leaves_room_after(const product_context *context, const packed_matrix &w, int tokens);

@@ -56,6 +56,7 @@ struct some_arguments {
   int passes, pass_tiles;
   uint32_t *counts;  // [groups], zero
   float4 *parts;     // [groups, splits, n / 8, multiplying_threads]
+  bool ready;        // tokens are there when a block starts
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -407,7 +408,7 @@ __device__ void multiply_some(const some_arguments &args, const CUtensorMap &x, 
     if (threadIdx.x == multiplying_threads) prepare<n>(x, barriers);
     __syncwarp();
     arrive_at_block();
-    wait_for_kernel_before();
+    if (!args.ready) wait_for_kernel_before();
     if (threadIdx.x == multiplying_threads) fetch_tokens<kind, n>(by, x, barriers, shared);
   } else {
     take_registers<multiplying_registers>();
@@ -416,11 +417,12 @@ __device__ void multiply_some(const some_arguments &args, const CUtensorMap &x, 
     stream.template fetch<0, chunk_blocks<kind>>(weights);
     if constexpr (kind == weight_kind::nf4) fill_pair_table(shared, args.codebook, multiplying_threads);
     wait_for_block();
-    wait_for_kernel_before();
+    if (!args.ready) wait_for_kernel_before();
     decoder<kind> decode = {shared_address(shared) - shared_start + threadIdx.x % 32 * 4};
     multiplier<kind, n> m = {args, by, shared, barriers, decode, stream, weights};
     m.run();
   }
+  if (args.ready) wait_for_kernel_before();  // the kernel after this one relies on it, too
 }
 #endif
 
@@ -483,6 +485,7 @@ cudaError_t launch_shape(const product_call &call) {
   args.splits = plan.splits;
   args.tiles = int(call.w.row_tiles) / plan.groups, args.more = int(call.w.row_tiles) % plan.groups;
   args.passes = plan.passes, args.pass_tiles = plan.pass_tiles;
+  args.ready = call.ready;
   args.counts = static_cast<uint32_t *>(call.workspace);
   args.parts = reinterpret_cast<float4 *>(static_cast<uint8_t *>(call.workspace) + workspace_zero_bytes);
   status = cudaFuncSetAttribute(product_some<kind, n>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes<n>);

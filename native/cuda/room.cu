@@ -5,6 +5,7 @@
 
 #include "beside.cuh"
 #include "executable.cuh"
+#include "lone.cuh"
 #include "split.cuh"
 
 namespace adaptrt {
@@ -124,7 +125,8 @@ void make_adapter_room(adrt_executable &e) {
   }
   int64_t rows = std::max(e.plan.tokens.hidden_rows, e.plan.logits.hidden_rows);
   if (e.plan.n_tokens <= most_tokens_split) rows = std::max<int64_t>(rows, most_shrink_splits * e.plan.n_tokens);
-  grow(e, e.hidden, size_t(rows * width) * sizeof(float), "adapters");
+  int64_t splits = width ? lone_split_floats(e.multiprocessors) : 0;
+  grow(e, e.hidden, size_t(rows * width + splits) * sizeof(float), "adapters");
   int64_t tokens_or_logits = std::max(e.plan.n_tokens, e.plan.n_logits);
   grow(e, e.projected, size_t(tokens_or_logits * projected) * sizeof(float), "adapters");
   make_record_room(e);

@@ -64,11 +64,31 @@ class norm_stage : public stage {
   int32_t target_;
 };
 
-// One or more products with the same input, their outputs side by side; or the head.
+class combine_stage : public stage {
+ public:
+  combine_stage(combination kind, view a, view b, view out, int64_t width, float factor, float cap)
+      : kind_(kind), a_(a), b_(b), out_(out), width_(width), factor_(factor), cap_(cap) {}
+  void launch(adrt_executable &e) const override {
+    launch_combine(e.queue(), {kind_, e.source_of(a_), e.source_of(b_), e.destination_of(out_), width_, factor_, cap_},
+                   e.plan.n_tokens);
+  }
+  lone_gate gate(const adrt_executable &e) const { return {kind_, e.destination_of(out_)}; }
+
+ private:
+  combination kind_;
+  view a_, b_, out_;
+  int64_t width_;
+  float factor_, cap_;
+};
+
+// One or more products with the same input, their outputs side by side; or the head. With `gate`, nobody but that reads
+// the outputs of two.
 class product_stage : public stage {
  public:
-  product_stage(view in, view out, bool head, loaded_matrix all, std::vector<product_member> members)
-      : in_(in), out_(out), head_(head), all_(all.w), block_(all.block), members_(std::move(members), head) {}
+  product_stage(view in, view out, bool head, loaded_matrix all, std::vector<product_member> members,
+                std::unique_ptr<combine_stage> gate)
+      : in_(in), out_(out), head_(head), all_(all.w), block_(all.block), members_(std::move(members), head, gate != nullptr),
+        gate_(std::move(gate)) {}
 
   void launch(adrt_executable &e) const override {
     if (!members_.tokens(e)) return;
@@ -81,9 +101,9 @@ class product_stage : public stage {
     if (fits)
       product(e, all_, call, call.x, 0, &beside);
     else
-      multiply(e, call);
+      multiply(e, call, left.ready);
     e.weights.release(block_);
-    if (!fits) members_.after(e, call, left);
+    if (!finish(e, call, fits, left) && gate_) gate_->launch(e);
     if (!head_) narrow(e, out_);
   }
 
@@ -109,10 +129,18 @@ class product_stage : public stage {
     return call;
   }
 
-  void multiply(adrt_executable &e, const adapter_call &call) const {
+  // What adapters do after the product; whether the gate's work is done.
+  bool finish(adrt_executable &e, const adapter_call &call, bool fits, const adapters_left &left) const {
+    if (fits) return false;
+    if (!gate_) return members_.after(e, call, left, nullptr);
+    lone_gate gate = gate_->gate(e);
+    return members_.after(e, call, left, &gate);
+  }
+
+  void multiply(adrt_executable &e, const adapter_call &call, bool ready) const {
     const std::vector<product_member> &all = members_.all();
     if (std::none_of(all.begin(), all.end(), [&](const product_member &m) { return members_.maps_input(e, m); })) {
-      product(e, all_, call, call.x, 0);
+      product(e, all_, call, call.x, 0, nullptr, ready);
       return;
     }
     for (size_t i = 0; i < all.size(); i++) {
@@ -127,10 +155,10 @@ class product_stage : public stage {
   }
 
   void product(adrt_executable &e, const packed_matrix &w, const adapter_call &call, const __nv_bfloat16 *x, int64_t row,
-               const beside_call *beside = nullptr) const {
+               const beside_call *beside = nullptr, bool ready = false) const {
     product_output out = {call.y + row, call.y_stride, false, false};
     check(launch_product(e.products.context, e.weights.at(block_, w), x, call.x_stride, members_.tokens(e), out,
-                         e.workspace.bytes(), e.queues.main, beside),
+                         e.workspace.bytes(), e.queues.main, beside, ready),
           "product");
   }
 
@@ -139,6 +167,7 @@ class product_stage : public stage {
   packed_matrix all_;
   int block_;
   adapted_members members_;
+  std::unique_ptr<combine_stage> gate_;
 };
 
 class rope_stage : public stage {
@@ -197,22 +226,6 @@ class attention_stage : public stage {
   attention_shape shape_;
 };
 
-class combine_stage : public stage {
- public:
-  combine_stage(combination kind, view a, view b, view out, int64_t width, float factor, float cap)
-      : kind_(kind), a_(a), b_(b), out_(out), width_(width), factor_(factor), cap_(cap) {}
-  void launch(adrt_executable &e) const override {
-    launch_combine(e.queue(), {kind_, e.source_of(a_), e.source_of(b_), e.destination_of(out_), width_, factor_, cap_},
-                   e.plan.n_tokens);
-  }
-
- private:
-  combination kind_;
-  view a_, b_, out_;
-  int64_t width_;
-  float factor_, cap_;
-};
-
 // Walks the operations once; `current_` says where each register lies at the moment.
 class builder {
  public:
@@ -242,7 +255,7 @@ class builder {
       case ADRT_ADD:
         if (i + 1 < p_.n_ops && op(i + 1).kind == ADRT_NORM && op(i + 1).a == o.out) return 1 + add_norm(op(i + 1), &o);
         return add_combine(o, combination::add);
-      case ADRT_GATED: return add_combine(o, o.mode == ADRT_SILU ? combination::silu : combination::gelu_tanh);
+      case ADRT_GATED: return add_combine(o, gate_kind(o));
       default: return add_combine(o, combination::scale);
     }
   }
@@ -336,8 +349,19 @@ class builder {
     out = n == 1 ? write(op(i).out) : write_group(i, n, all.w.rows);
     e_.buffers[size_t(out.buffer)].wants_wide = true;
     note(all.w, each);
-    add_stage<product_stage>(in, out, false, all, members);
-    return n;
+    std::unique_ptr<combine_stage> gate = gate_of(i, n);
+    int32_t covered = n + (gate != nullptr);
+    add_stage<product_stage>(in, out, false, all, std::move(members), std::move(gate));
+    return covered;
+  }
+
+  // The GATED right after two LINEARs from `i` on, if all that they are for is that.
+  std::unique_ptr<combine_stage> gate_of(int32_t i, int32_t n) {
+    if (n != 2 || i + n == p_.n_ops || op(i + n).kind != ADRT_GATED) return nullptr;
+    const adrt_op &o = op(i + n);
+    auto read_elsewhere = [&](int32_t reg) { return reg != o.out && read_later(reg, i + n + 1); };
+    bool fits = o.a == op(i).out && o.b == op(i + 1).out && !read_elsewhere(o.a) && !read_elsewhere(o.b);
+    return fits ? combine_of(o, gate_kind(o)) : nullptr;
   }
 
   // One buffer for the outputs of a group, the same for every group of these registers.
@@ -366,7 +390,7 @@ class builder {
     e_.logit_rows = w.w.rows;
     note(w.w, {});
     const float *bias = o.bias < 0 ? nullptr : load_vector(e_, tensor(o.bias));
-    add_stage<product_stage>(read_narrow(o.a), view{}, true, w, std::vector<product_member>{{w.w, o.target, bias}});
+    add_stage<product_stage>(read_narrow(o.a), view{}, true, w, std::vector<product_member>{{w.w, o.target, bias}}, nullptr);
     return 1;
   }
 
@@ -428,10 +452,18 @@ class builder {
     return 1;
   }
 
-  int32_t add_combine(const adrt_op &o, combination kind) {
+  static combination gate_kind(const adrt_op &o) {
+    return o.mode == ADRT_SILU ? combination::silu : combination::gelu_tanh;
+  }
+
+  std::unique_ptr<combine_stage> combine_of(const adrt_op &o, combination kind) {
     view a = read(o.a), b;
     if (kind != combination::scale) b = read(o.b);
-    add_stage<combine_stage>(kind, a, b, write(o.out), p_.register_widths[o.out], o.value[0], o.value[1]);
+    return std::make_unique<combine_stage>(kind, a, b, write(o.out), p_.register_widths[o.out], o.value[0], o.value[1]);
+  }
+
+  int32_t add_combine(const adrt_op &o, combination kind) {
+    e_.stages.push_back(combine_of(o, kind));
     return 1;
   }
 
