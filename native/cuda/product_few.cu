@@ -330,9 +330,9 @@ __device__ void join_blocks(uint8_t *shared, const few_arguments &args, const di
 }
 
 // A warp on its way.
-template <weight_kind kind, int span, int products>
+template <weight_kind kind, int span, int products, bool adapted>
 struct warp_run {
-  static constexpr bool ahead = kind == weight_kind::nf4 && products == 1;
+  static constexpr bool ahead = kind == weight_kind::nf4 && products == 1 && !adapted;
   const few_arguments &args;
   const division &by;
   uint8_t *own;
@@ -394,7 +394,7 @@ __device__ void multiply(const few_arguments &args, uint8_t *shared, const divis
   wait_for_kernel_before();
   let_next_kernel_start();
   tokens.stage();
-  warp_run<kind, span, products> run(args, by, shared, own);
+  warp_run<kind, span, products, adapted> run(args, by, shared, own);
   while (!run.at.ended(by)) {
     int first = run.at.first;
     do run.multiply(weights, next, stream);
