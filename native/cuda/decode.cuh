@@ -179,23 +179,6 @@ __device__ inline void store_result(const product_output &out, int64_t token, in
 
 // ---- clusters of blocks, on Hopper ----
 
-#if __CUDA_ARCH__ >= 900
-// What any thread of the cluster wrote to shared memory before is seen after.
-__device__ inline void wait_for_writes_of_cluster() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-// What block `rank` of the cluster has at an address of this block's shared memory.
-__device__ inline float load_of_cluster(uint32_t address, int rank) {
-  float v;
-  asm volatile(
-      "{.reg .b32 there; mapa.shared::cluster.u32 there, %1, %2; ld.shared::cluster.f32 %0, [there];}"
-      : "=f"(v)
-      : "r"(address), "r"(rank));
-  return v;
-}
-#endif
-
 // Everything before this may run while the kernel before still does; nothing of what that kernel writes is read or
 // overwritten before it.
 __device__ inline void wait_for_kernel_before() {
