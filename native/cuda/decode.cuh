@@ -177,7 +177,7 @@ __device__ inline void store_result(const product_output &out, int64_t token, in
   *y = out.accumulate ? *y + v : v;
 }
 
-// ---- clusters of blocks, on Hopper ----
+// ---- kernels that overlap ----
 
 // Everything before this may run while the kernel before still does; nothing of what that kernel writes is read or
 // overwritten before it.
