@@ -8,14 +8,14 @@
 namespace adaptrt {
 namespace {
 
-const host_attachment &acting(const adrt_executable &e, const product_member &m) { return e.acting[size_t(m.target)]; }
+const host_attachment &acting(const adrt_executable &e, const product_member &m) { return e.acting.points[size_t(m.target)]; }
 
 lone_device device_of(const adrt_executable &e) { return {e.multiprocessors, e.products.context->shared_bytes}; }
 
 }  // namespace
 
 bool acts(const adrt_executable &e, int32_t target) {
-  return target >= 0 && e.plan.adapted && e.acting[size_t(target)].acts;
+  return target >= 0 && e.plan.adapted && e.acting.points[size_t(target)].acts;
 }
 
 bool adapted_members::maps_input(const adrt_executable &e, const product_member &m) const {

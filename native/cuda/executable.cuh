@@ -85,6 +85,12 @@ struct host_attachment {
   bool vectors = false;  // of outputs: e or g_out
 };
 
+// All adapters of a step together.
+struct joined_adapters {
+  std::vector<host_attachment> points;  // by target
+  uint64_t hash = 0;
+};
+
 // Records are made for so many tokens: for fewer another launch is not worth it.
 constexpr int32_t least_recorded_tokens = 5;
 
@@ -196,10 +202,9 @@ struct adrt_executable {
   int64_t largest_queries = 0;  // halves a token
   std::vector<adaptrt::attention_shape> attention_shapes;
   std::vector<adaptrt::packed_matrix> product_weights;  // for the workspace
-  std::vector<adaptrt::host_attachment> acting;         // by target, all adapters of the step together
-  std::vector<int32_t> acting_handles;                  // that `acting` was made of
-  int64_t acting_factors = 0;                           // factors_made then: `acting` points to some
-  uint64_t acting_hash = 0;
+  adaptrt::joined_adapters acting;  // of the step
+  std::map<std::vector<int32_t>, adaptrt::joined_adapters> joined;  // of steps before, too, by the handles of their adapters
+  int64_t acting_factors = 0;                           // factors_made when `joined` was made: it points to some
   uint64_t generation = 0;                              // counts what makes graphs stale: memory that moved
 
   adaptrt::queue queue() const { return {queues.main, hopper}; }

@@ -103,7 +103,8 @@ void make_attention_room(adrt_executable &e) {
 
 void make_record_room(adrt_executable &e) {
   const segment_plan &s = e.plan.tokens;
-  bool common = std::any_of(e.acting.begin(), e.acting.end(), [](const host_attachment &a) { return a.v != nullptr; });
+  bool common = std::any_of(e.acting.points.begin(), e.acting.points.end(),
+                            [](const host_attachment &a) { return a.v != nullptr; });
   bool alone = !s.stacked && (s.single || e.plan.n_tokens <= most_tokens_split);
   if (e.plan.n_tokens < least_recorded_tokens || !(common || alone)) return;
   grow(e, e.record_memory, size_t(e.plan.n_tokens) * e.points.size() * sizeof(term_record), "adapters");
@@ -117,7 +118,7 @@ void make_adapter_room(adrt_executable &e) {
     width = std::max(width, s->hidden_width(e));
     projected = std::max(projected, s->projected_width(e));
   }
-  for (const host_attachment &a : e.acting) {
+  for (const host_attachment &a : e.acting.points) {
     maps = maps || a.maps_input;
     if (!a.v || e.plan.n_tokens < least_common_tokens) continue;
     dense_form(e, *a.v);  // now, as nothing may be allocated once the step's launches have begun

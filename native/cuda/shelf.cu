@@ -58,7 +58,7 @@ void shelf::bring_wanted() {
 void shelf::bring(int32_t handle) {
   if (e_.adapters[size_t(handle)]) return;
   e_.adapters[size_t(handle)] = make_adapter(e_, entries_[size_t(handle)]->attachments);
-  e_.acting.clear();  // it is another adapter than before
+  e_.joined.clear();  // it is another adapter than before
 }
 
 bool shelf::idle(size_t handle) const { return e_.adapters[handle] && entries_[handle]->last_use < now_; }

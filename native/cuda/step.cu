@@ -45,20 +45,32 @@ void join(host_attachment &all, const host_attachment &one) {
   all.more_terms = std::max(all.more_terms, one.more_terms);
 }
 
+joined_adapters join_all(const adrt_executable &e, const std::vector<int32_t> &handles) {
+  joined_adapters all;
+  all.points.resize(e.points.size());
+  for (int32_t handle : handles)
+    for (size_t i = 0; i < all.points.size(); i++) join(all.points[i], e.adapters[size_t(handle)]->targets[i]);
+  all.hash = hash_of(all.points);
+  return all;
+}
+
+// Batches take turns and come again, and 100 adapters of 32 layers are 22,500 attach points to join.
+constexpr size_t most_joined = 32;
+
 // What the adapters of the batch do at each attach point, all together. Handles are never reused, so an equal list means
 // equal adapters.
 void note_acting(adrt_executable &e, const adrt_batch &b) {
   std::vector<int32_t> handles(b.stacks, b.stacks + b.stack_start[b.n_runs]);
   std::sort(handles.begin(), handles.end());
   handles.erase(std::unique(handles.begin(), handles.end()), handles.end());
-  bool same = handles == e.acting_handles && e.factors_made == e.acting_factors;
-  if (same && e.acting.size() == e.points.size()) return;
-  e.acting.assign(e.points.size(), {});
-  for (int32_t handle : handles)
-    for (size_t i = 0; i < e.acting.size(); i++) join(e.acting[i], e.adapters[size_t(handle)]->targets[i]);
-  e.acting_handles = std::move(handles);
+  if (e.acting_factors != e.factors_made) e.joined.clear();
   e.acting_factors = e.factors_made;
-  e.acting_hash = hash_of(e.acting);
+  auto at = e.joined.find(handles);
+  if (at == e.joined.end()) {
+    if (e.joined.size() >= most_joined) e.joined.clear();
+    at = e.joined.emplace(handles, join_all(e, handles)).first;
+  }
+  e.acting = at->second;
 }
 
 // A step of more tokens is long enough to hide its launches.
@@ -66,7 +78,7 @@ constexpr int32_t most_tokens_of_graph = 256;
 
 graph_key key_of_step(const adrt_executable &e) {
   const plan &p = e.plan;
-  graph_key key = {p.n_tokens, p.n_logits, p.gathers, p.adapted, p.separate, int64_t(e.acting_hash)};
+  graph_key key = {p.n_tokens, p.n_logits, p.gathers, p.adapted, p.separate, int64_t(e.acting.hash)};
   for (const segment_plan *s : {&p.tokens, &p.logits}) key.insert(key.end(), {s->single, s->stacked});
   for (const segment_plan *s : {&p.tokens, &p.logits})
     for (size_t count : {s->applications.size(), s->tiles.size(), s->shrink_tiles.size()}) key.push_back(int64_t(count));
