@@ -6,6 +6,7 @@ import copy
 import re
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,95 @@ def test_embeddings_saved_beside_the_adapter_take_the_base_s_place_unless_they_a
         broken = with_ends({"lm_head": table * float("nan")})
         with pytest.raises(AdaptrtError, match=r"lm_head.weight holds NaN or infinity"):
             model.load_adapter(edited(plain, tmp_path / "broken", tensors=broken))
+
+
+ENDS = ["embed_tokens", "lm_head"]
+SAVED_WITH_ENDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "both replaced": ("gqa", {"modules_to_save": ENDS}),
+    "tied and replaced": ("tied", {"modules_to_save": ENDS}),
+    "one adapted, one replaced": (
+        "gqa",
+        {"target_modules": ["q_proj", ENDS[0]], "modules_to_save": ENDS[1:]},
+    ),
+    "rows": ("gqa", {"trainable_token_indices": [5, 1, 77]}),
+    "tied rows": ("tied", {"trainable_token_indices": [5, 1, 77]}),
+    "rows of both": ("gqa", {"trainable_token_indices": {"embed_tokens": [1, 2], "lm_head": [3]}}),
+}
+
+
+@pytest.fixture(scope="module")
+def saved_with_ends(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path, Oracle]]:
+    """An adapter, its base in float32 (PEFT puts the saved copy in the base's place) and the oracle, by case."""
+
+    @cache
+    def world(shape: str) -> tuple[Path, Path, Oracle]:
+        folder = llama_folder(tmp_path_factory.mktemp(shape) / "hf", **SHAPES[shape])
+        adrt = convert_model(folder, folder.parent / "base.adrt", dtype="f32", head="f32")
+        return folder, adrt, Oracle(folder, adrt)
+
+    @cache
+    def made(case: str) -> tuple[Path, Path, Oracle]:
+        shape, options = SAVED_WITH_ENDS[case]
+        folder, adrt, oracle = world(shape)
+        out = tmp_path_factory.mktemp("adapter") / "a"
+        perturbed_peft(out, folder, save_embeddings=True, **{"target_modules": ["q_proj"]} | options)
+        return out, adrt, oracle
+
+    return made
+
+
+@pytest.mark.parametrize("case", SAVED_WITH_ENDS)
+def test_all_that_peft_saves_of_a_resized_vocabulary_is_understood(
+    case: str, saved_with_ends: Callable[[str], tuple[Path, Path, Oracle]]
+) -> None:
+    """`save_embedding_layers` saves frozen copies of the base, and what was replaced once more."""
+    folder, adrt, oracle = saved_with_ends(case)
+    with adaptrt.load(adrt, "cpu", precision="exact", kv_dtype="f32") as model:
+        model.load_adapter(folder)
+        assert relative_error(model.logits(IDS, "a"), peft_logits(oracle, folder)) <= 1e-4
+        assert relative_error(model.logits(IDS), peft_logits(oracle, folder)) > 0.05
+
+
+def edit_row(name: str, row: int) -> Callable[[Tensors], Tensors]:
+    """Another value of one row of the tensor whose name ends so."""
+
+    def edit(tensors: Tensors) -> Tensors:
+        (key,) = [key for key in tensors if key.endswith(name)]
+        changed = tensors[key].clone()
+        changed[row] += 1
+        return tensors | {key: changed}
+
+    return edit
+
+
+@pytest.mark.parametrize(("case", "tensor", "row", "expected"), [
+    ("rows", "embed_tokens.token_adapter.base_layer.weight", 130, "differs from the base by .* in row 130"),
+    ("tied rows", "lm_head.token_adapter.trainable_tokens_delta", 0, "which it is tied to"),
+    ("both replaced", "lm_head.modules_to_save.weight", 2, "lm_head.weight and lm_head.modules_to_save.weight differ"),
+])  # fmt: skip
+def test_a_second_copy_that_says_something_else_is_refused(
+    case: str,
+    tensor: str,
+    row: int,
+    expected: str,
+    saved_with_ends: Callable[[str], tuple[Path, Path, Oracle]],
+    tmp_path: Path,
+) -> None:
+    folder, adrt, _ = saved_with_ends(case)
+    with adaptrt.load(adrt, "reference") as model, pytest.raises(AdaptrtError, match=expected):
+        model.load_adapter(edited(folder, tmp_path / "a", tensors=edit_row(tensor, row)))
+
+
+def test_a_frozen_copy_may_differ_where_its_rows_are_replaced(
+    saved_with_ends: Callable[[str], tuple[Path, Path, Oracle]], tmp_path: Path
+) -> None:
+    """New tokens start at random, so another resized base has other rows there."""
+    folder, adrt, _ = saved_with_ends("rows")
+    edit = edit_row("token_adapter.base_layer.weight", 77)
+    with adaptrt.load(adrt, "reference") as model:
+        model.load_adapter(folder)
+        model.load_adapter(edited(folder, tmp_path / "b", tensors=edit))
+        assert np.array_equal(model.logits(IDS, "a"), model.logits(IDS, "b"))
 
 
 @pytest.mark.parametrize(("shape", "modules"), [

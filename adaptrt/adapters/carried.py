@@ -22,6 +22,7 @@ from adaptrt.tensor import Tensor
 
 BIAS, WEIGHT, ROWS = "replaced_bias", "replaced_weight", "replaced_rows"
 ROW_IDS = "row_ids"  # param beside ROWS: which rows, as `whole_numbers` writes them, in the tensor's order
+RESIZED_HINT = ": another vocabulary; resize the base's as training did, and convert that base"
 
 Floats = NDArray[np.float32]
 
@@ -45,11 +46,7 @@ def check_carried(
     expected = carried.shape(params, base)
     if list(tensor.shape) != expected:
         resized = role == WEIGHT and base.kind in ("embedding", "head") and len(tensor.shape) == 2
-        hint = (
-            ": another vocabulary; resize the base's as training did, and convert that base"
-            if resized
-            else ""
-        )
+        hint = RESIZED_HINT if resized else ""
         problems.add(f"{label} is {list(tensor.shape)}, expected {expected}{hint}")
     elif problem := carried.problem(tensor, params, base):
         problems.add(f"{label} {problem}")

@@ -21,7 +21,7 @@ from adaptrt.convert import bitsandbytes
 from adaptrt.convert.base import ConvertOptions, Progress
 from adaptrt.convert.files import JSON_LIMIT, read_json, shown
 from adaptrt.convert.hf_tokenizer import read_text_files
-from adaptrt.convert.safetensors import Checkpoint
+from adaptrt.convert.safetensors import Checkpoint, same_bytes
 from adaptrt.errors import ConvertError
 from adaptrt.format import Writer
 from adaptrt.model.architecture import Architecture, TensorSpec
@@ -127,7 +127,7 @@ def _plan(
     wanted |= {job.spec.hf_name + end for job in jobs if job.packed for end in bitsandbytes.SUFFIXES}
     present = set(checkpoint.names)
     extra = {name for name in present - wanted if not INERT.search(name)}
-    if HEAD in extra and _same(checkpoint, HEAD, EMBEDDING):
+    if HEAD in extra and EMBEDDING in checkpoint and same_bytes(checkpoint, HEAD, EMBEDDING):
         extra.discard(HEAD)  # a tied head that was saved all the same
     groups = {
         "missing tensors": [shown(name) for name in sorted(wanted - present)],
@@ -171,14 +171,6 @@ def _mismatch(checkpoint: Checkpoint, job: _Job) -> str | None:
 def _few(items: list[str]) -> str:
     more = f" and {len(items) - SHOWN_PROBLEMS} more" if len(items) > SHOWN_PROBLEMS else ""
     return ", ".join(items[:SHOWN_PROBLEMS]) + more
-
-
-def _same(checkpoint: Checkpoint, one: str, other: str) -> bool:
-    """Whether two tensors hold the same bytes."""
-    if one not in checkpoint or other not in checkpoint or checkpoint.info(one) != checkpoint.info(other):
-        return False
-    pairs = zip(checkpoint.raw_chunks(one), checkpoint.raw_chunks(other), strict=True)
-    return all(np.array_equal(a, b) for a, b in pairs)
 
 
 # Writing

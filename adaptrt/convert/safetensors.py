@@ -244,6 +244,14 @@ class Checkpoint:
                 )
 
 
+def same_bytes(source: SafetensorsFile | Checkpoint, one: str, other: str) -> bool:
+    """Whether two tensors have the same dtype, shape and content."""
+    if source.info(one) != source.info(other):
+        return False
+    pairs = zip(source.raw_chunks(one), source.raw_chunks(other), strict=True)
+    return all(np.array_equal(a, b) for a, b in pairs)
+
+
 def _read_header(file: FileIO, path: Path, size: int) -> tuple[dict[str, str], dict[str, _Entry]]:
     if size < 8:
         raise ConvertError(f"{path}: truncated, {size} bytes are too few for a safetensors file")

@@ -40,7 +40,9 @@ def base_model(base: Path) -> Any:
     return copy.deepcopy(_loaded(base))
 
 
-def perturbed_peft(path: Path, base: Path, seed: int = 0, dtype: Any = None, **options: Any) -> Path:
+def perturbed_peft(
+    path: Path, base: Path, seed: int = 0, dtype: Any = None, save_embeddings: Any = "auto", **options: Any
+) -> Path:
     """Save an adapter whose every trainable tensor is random: PEFT starts many of them at nothing."""
     torch.manual_seed(seed)
     config = LoraConfig(
@@ -53,7 +55,7 @@ def perturbed_peft(path: Path, base: Path, seed: int = 0, dtype: Any = None, **o
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad or "lora_" in name:
                     parameter.copy_(torch.randn_like(parameter) * (0.6 / parameter.shape[-1] ** 0.5))
-        model.save_pretrained(path)
+        model.save_pretrained(path, save_embedding_layers=save_embeddings)
     if dtype is not None:
         edit_tensors(path, lambda ts: {name: t.to(dtype) if "lora_" in name else t for name, t in ts.items()})
     return path
