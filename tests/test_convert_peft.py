@@ -19,8 +19,10 @@ from safetensors.torch import load_file
 from adaptrt.adapters.base import BaseView
 from adaptrt.adapters.lora import LoraVariant
 from adaptrt.adapters.storage import read_adapter
+from adaptrt.adapters.variant import Adapter
 from adaptrt.convert.base import ConvertOptions
 from adaptrt.convert.peft import PeftImporter, import_peft
+from adaptrt.convert.to_peft import export_peft
 from adaptrt.errors import AdaptrtError
 from adaptrt.format import open_file, verify
 from adaptrt.plugins import load_registry
@@ -93,7 +95,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
         {"peft_type": "PREFIX_TUNING"},
         "'PREFIX_TUNING' is not supported: it gives the model more",
     ),
-    "no type": ({"peft_type": None}, "no installed variant handles peft_type None"),
+    "no type": ({"peft_type": None}, "adapter_config.json has no peft_type, so it is not PEFT's"),
     "odd type": ({"peft_type": ["LORA"]}, "no installed variant handles peft_type ['LORA']"),
     "parameters": ({"target_parameters": ["mlp.experts"]}, "option target_parameters = ['mlp.experts']"),
     "replication": ({"layer_replication": [[0, 2]]}, "option layer_replication = [[0, 2]]"),
@@ -342,11 +344,34 @@ def test_keys_with_the_adapter_name_are_understood(world: World, tmp_path: Path)
             for key, tensor in tensors.items()
         }
 
-    plain = import_peft(world.folder, VARIANTS, world.view)
     named = import_peft(edited(world.folder, tmp_path / "a", tensors=edit), VARIANTS, world.view)
     assert (
         f"{Q}.lora_A.default.weight" in named.tensors and f"{EMBED}.lora_embedding_A.default" in named.tensors
     )
+    assert_same_targets(import_peft(world.folder, VARIANTS, world.view), named)
+
+
+@pytest.mark.parametrize("pattern", [
+    r"^(base_model\.model\.)(.*)", r"(.*layers\.\d+\.)(.*)", r"^()(.*)"
+])  # fmt: skip
+def test_an_adapter_of_a_compiled_or_wrapped_base_fits_the_plain_one(
+    pattern: str, world: World, tmp_path: Path
+) -> None:
+    """PEFT itself writes such names: get_peft_model(torch.compile(model)), or of compiled layers."""
+
+    def edit(tensors: Tensors) -> Tensors:
+        return {re.sub(pattern, r"\1_orig_mod.\2", key): tensor for key, tensor in tensors.items()}
+
+    folder = edited(world.folder, tmp_path / "a", tensors=edit)
+    plain, wrapped = (import_peft(path, VARIANTS, world.view) for path in (world.folder, folder))
+    assert wrapped.tensors.keys() != plain.tensors.keys()
+    assert_same_targets(plain, wrapped)
+    export_peft(wrapped, VARIANTS, tmp_path / "out")
+    assert load_file(tmp_path / "out" / WEIGHTS).keys() == plain.tensors.keys()
+
+
+def assert_same_targets(plain: Adapter, named: Adapter) -> None:
+    """The same targets and tensors, whatever the tensors are called."""
     for ours, theirs in zip(plain.targets, named.targets, strict=True):
         assert (ours.target, ours.params) == (theirs.target, theirs.params)
         for role, name in ours.tensors.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -18,10 +19,20 @@ from adaptrt.quant.plain import to_float32
 from adaptrt.tensor import Tensor
 
 PEFT_PREFIX = "base_model.model."
+# What a raw state dict has and PEFT leaves out when it saves, and what torch.compile, FSDP and activation checkpointing
+# put into the paths of a base that was wrapped before PEFT saw it.
+_NO_PART_OF_A_KEY = re.compile(
+    r"\.default(?=\.|$)|(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
 
 _INTEGERS = ("u8", "i32", "f32")
 # dtype → the integer view of an item and its exponent bits, which are all ones for NaN and infinity only
 _EXPONENT = {"f32": (np.uint32, 0x7F800000), "f16": (np.uint16, 0x7C00), "bf16": (np.uint16, 0x7F80)}
+
+
+def plain_key(key: str) -> str:
+    """A PEFT key without the adapter's name `default` and the names of wrappers around the base's modules."""
+    return _NO_PART_OF_A_KEY.sub("", key)
 
 
 def find_variant(adapter: Adapter, variants: Mapping[str, Variant]) -> Variant:

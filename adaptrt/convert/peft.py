@@ -193,6 +193,10 @@ def _find_variant(folder: Path, config: Mapping[str, Any], variants: Mapping[str
         method += f" with {', '.join(switches)}"
     if claimed:
         raise AdapterError(f"{folder}: {method} is claimed by variants {', '.join(v.name for v in claimed)}")
+    if config.get("peft_type") is None:
+        raise AdapterError(
+            f"{folder}: {CONFIG} has no peft_type, so it is not PEFT's: no installed variant claims it"
+        )
     if config.get("peft_type") in NO_CHANGE:
         raise AdapterError(
             f"{folder}: {method} is not supported: it gives the model more to attend to and changes no weight, so that "

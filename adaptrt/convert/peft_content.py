@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from adaptrt.adapters.base import BaseTarget, BaseView
-from adaptrt.adapters.check import PEFT_PREFIX
+from adaptrt.adapters.check import PEFT_PREFIX, plain_key
 from adaptrt.adapters.problems import Problems, brief
 from adaptrt.adapters.variant import Target
 from adaptrt.convert.safetensors import SafetensorsFile
@@ -86,11 +85,8 @@ class Content:
 
 
 def _split(key: str, base: BaseView) -> tuple[str | None, str]:
-    """A PEFT key as (module path, suffix); (None, key) when no module of the base is in it.
-
-    The adapter's name `default` is dropped: PEFT saves without it, but a raw state dict has it.
-    """
-    plain = re.sub(r"\.default(?=\.|$)", "", key)
+    """A PEFT key as (module path, suffix); (None, key) when no module of the base is in it."""
+    plain = plain_key(key)
     path = plain.removeprefix(PEFT_PREFIX)
     end = len(path) if path != plain else 0
     while end > 0:

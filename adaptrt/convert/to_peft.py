@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from adaptrt.adapters.check import find_variant
+from adaptrt.adapters.check import find_variant, plain_key
 from adaptrt.adapters.stored import QUANTIZED, declared_form
 from adaptrt.adapters.variant import Adapter, Variant
 from adaptrt.convert.files import parse_object
 from adaptrt.convert.folders import new_folder, write_safetensors
 from adaptrt.convert.peft import CONFIG, WEIGHTS
+from adaptrt.convert.peft_carried import SAVED_AGAIN
 from adaptrt.errors import AdapterError
 from adaptrt.tensor import Tensor
 
@@ -27,9 +27,11 @@ def export_peft(adapter: Adapter, variants: Mapping[str, Variant], out: Path) ->
     if not parse_object(adapter.config_text.encode(), f"{what}: its config").get("peft_type"):
         raise AdapterError(f"{what}: its config has no peft_type, so PEFT cannot say what it is")
     plain = _plain_tensors(adapter, find_variant(adapter, variants))
-    tensors = {re.sub(r"\.default(?=\.|$)", "", name): plain[name] for name in sorted(plain)}
+    tensors = {plain_key(name).replace(f".{SAVED_AGAIN}", ".weight"): plain[name] for name in sorted(plain)}
     if len(tensors) < len(plain):
-        raise AdapterError(f"{what}: two tensors have one name without the adapter's name 'default'")
+        raise AdapterError(
+            f"{what}: two tensors have one name without the adapter's name 'default' and wrappers'"
+        )
     shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     with new_folder(out) as folder:
         (folder / CONFIG).write_bytes(adapter.config_text.encode())
