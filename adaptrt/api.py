@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -26,6 +25,7 @@ from adaptrt.engine.adapters import AdapterSet, Stack
 from adaptrt.engine.chat import render
 from adaptrt.engine.engine import Engine, Job
 from adaptrt.engine.guard import GuardedExecutable
+from adaptrt.engine.lock import ForkableLock
 from adaptrt.engine.request import AdapterSpec, Chunk, Request, Sampling, as_ids, as_scale, as_stack
 from adaptrt.engine.sampler import require_finite
 from adaptrt.engine.text import Tokenizer, check_text_metadata
@@ -133,7 +133,7 @@ class Model:
         self._engine = Engine(executable, self.vocab_size, self.context_length, options.page_tokens, end_ids)
         self._adapters = AdapterSet(executable, registry.variants, base)
         self._active: Stack = ()
-        self._naming = threading.Lock()
+        self._naming = ForkableLock()
         self._cleanup = ExitStack()
         self._cleanup.callback(self._adapters.close)
         self._cleanup.callback(file.close)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import math
+import os
+import signal
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
@@ -165,6 +167,37 @@ def test_threads_share_a_model(model: adaptrt.Model) -> None:
     for thread in threads:
         thread.join()
     assert [found[i] for i in range(6)] == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_child_forked_while_another_thread_loads_an_adapter_is_refused_and_does_not_wait(
+    files: dict[str, Path], model: adaptrt.Model
+) -> None:
+    loading, forked = threading.Event(), threading.Event()
+
+    def wait_for_fork(done: int, total: int) -> None:
+        loading.set()
+        assert forked.wait(30)
+
+    thread = threading.Thread(
+        target=model.load_adapter, args=(files["b"],), kwargs={"progress": wait_for_fork}
+    )
+    thread.start()
+    assert loading.wait(30)
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(30)
+        try:
+            model.generate(PROMPT, max_tokens=2)
+        except BackendError as error:
+            model.close()
+            os._exit(7 if "forked process" in str(error) else 1)
+        os._exit(2)
+    forked.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+    assert {"a", "b"} <= set(model.adapters)
 
 
 def test_two_models_live_side_by_side(files: dict[str, Path], model: adaptrt.Model) -> None:

@@ -177,7 +177,7 @@ def test_places_that_cannot_be_written(base: Path) -> None:
         assert str(caught.value) == f"{path}: {message}"
     for path, message in {
         base.parent / "none.adrt": "No such file",
-        base.parent: "not a regular file",
+        base.parent: "is a folder, expected an .adrt file",
     }.items():
         with pytest.raises(FormatError, match=message), append(path):
             pass

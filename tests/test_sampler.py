@@ -68,6 +68,13 @@ def test_a_tiny_temperature_is_greedy() -> None:
     assert Sampler(Sampling(temperature=5e-324)).pick(logits, []) == 1
 
 
+def test_numpy_s_numbers_are_numbers() -> None:
+    options = Sampling(max_tokens=np.int64(3), seed=np.uint64(2**64 - 1), top_p=np.float32(0.5))  # type: ignore[arg-type]
+    assert options == Sampling(max_tokens=3, seed=2**64 - 1, top_p=0.5)
+    with pytest.raises(RequestError, match=r"max_tokens: found 1\.0, expected a whole number"):
+        Sampling(max_tokens=np.float64(1))  # type: ignore[arg-type]
+
+
 def test_a_seed_repeats_its_draws_and_another_does_not() -> None:
     logits = np.zeros(VOCAB, np.float32)
 

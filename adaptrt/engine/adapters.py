@@ -5,7 +5,6 @@ All scales of an adapter have its tensors in common, so one more takes next to n
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from adaptrt.adapters.sharing import SharedTensors
 from adaptrt.adapters.stack import Base, at_scale, prepare
 from adaptrt.adapters.variant import Adapter, Progress, Variant, no_progress
 from adaptrt.backends.base import Executable, prefetch
+from adaptrt.engine.lock import ForkableLock
 from adaptrt.errors import AdapterError, ClosedError, UnknownAdapterError
 
 Stack = Sequence[tuple[str, float]]  # (adapter name, scale) in stacking order
@@ -35,7 +35,7 @@ class AdapterSet:
         self._handles: dict[tuple[str, float], int] = {}  # the one longest unused first
         self._invocations: dict[int, list[int]] = {}  # by handle
         self._in_use: Counter[tuple[str, float]] = Counter()
-        self._lock = threading.RLock()
+        self._lock = ForkableLock()
         self._closed = False
 
     @property

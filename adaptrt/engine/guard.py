@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 
 from adaptrt.adapters.normal import LoweredAdapter
 from adaptrt.backends.base import Batch, Executable, prefetch
+from adaptrt.engine.lock import ForkableLock
 from adaptrt.errors import ClosedError
 
 
@@ -19,7 +19,7 @@ class GuardedExecutable:
 
     def __init__(self, executable: Executable) -> None:
         self._executable: Executable | None = executable
-        self._lock = threading.Lock()
+        self._lock = ForkableLock()
 
     @contextmanager
     def _open(self) -> Iterator[Executable]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
+
+from adaptrt.engine.lock import ForkableLock
 
 
 class PagePool:
@@ -16,7 +17,7 @@ class PagePool:
         self.page_tokens = page_tokens
         self._free: list[int] = []
         self._size = 0
-        self._lock = threading.Lock()
+        self._lock = ForkableLock()
 
     def needed(self, n_tokens: int) -> int:
         """Pages that hold n_tokens."""

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+import numpy as np
+
 from adaptrt.errors import AdapterError, RequestError
 
 FinishReason = Literal["stop", "length", "error"]
@@ -37,7 +39,10 @@ class Sampling:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         object.__setattr__(self, "stop", stop)
         for name, low, high in _RANGES:
-            check_range(name, getattr(self, name), low, high)
+            value = getattr(self, name)
+            if isinstance(value, np.generic):  # of np.arange, say
+                object.__setattr__(self, name, value := value.item())
+            check_range(name, value, low, high)
         for name in ("max_tokens", "top_k", "seed"):
             check_integer(name, getattr(self, name))
         if not all(isinstance(text, str) and text for text in stop):

@@ -34,7 +34,10 @@ def naming(path: Path) -> Iterator[None]:
 
 def check_regular(path: Path) -> None:
     """Refuse what is no regular file before opening it: opening a pipe would block. Raises OSError."""
-    if not stat.S_ISREG(path.stat().st_mode):
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise OSError("is a folder, expected an .adrt file ('adaptrt convert' makes one of a model folder)")
+    if not stat.S_ISREG(mode):
         raise OSError("not a regular file")
 
 
