@@ -264,6 +264,11 @@ def unknown_adapter(made: Made, path: Path) -> list[object]:
     return ["run", made.model, "-p", "x", "-a", "nobody"]
 
 
+def link_to_itself(made: Made, path: Path) -> list[object]:
+    (path / "loop").symlink_to(path / "loop")
+    return ["run", made.model, "-p", "x", "-a", path / "loop"]
+
+
 def removing_an_unknown_adapter(made: Made, path: Path) -> list[object]:
     return ["adapter", "remove", shutil.copy(made.model, path / "copy.adrt"), "nobody"]
 
@@ -351,6 +356,7 @@ WRONG: dict[Wrong, str] = {
     qalora_without_a_plugin: "use_qalora",
     adapter_without_its_base: "--base",
     unknown_adapter: "adapter 'nobody': no such file or folder, and not inside {made}/hf.adrt",
+    link_to_itself: "adapter '{path}/loop': no such file or folder",
     removing_an_unknown_adapter: "nobody",
     adding_the_same_name_twice: "poet",
     packing_the_same_name_twice: "poet",

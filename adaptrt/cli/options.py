@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -154,7 +155,7 @@ class Attached:
     def _name(self, choice: AdapterChoice) -> str:
         source = choice.source
         if source not in self._names:
-            usual = Path(source).resolve().name.removesuffix(".adrt")
+            usual = Path(os.path.realpath(source)).name.removesuffix(".adrt")
             name = source if usual in self._model.adapters else None  # run1/final beside run2/final
             with Progress(f"loading adapter {source}", after=SOON) as progress:
                 self._names[source] = self._model.load_adapter(source, name, choice.scale, progress)
@@ -215,9 +216,9 @@ def check_new(out: Path, sources: Sequence[Path], force: bool) -> None:
     """Refuse to write over a file that exists, unless forced, and over a source in any case."""
     if not out.exists():
         return
-    place = out.resolve()
+    place = Path(os.path.realpath(out))
     for source in sources:
-        if source.resolve() in (place, *place.parents):
+        if Path(os.path.realpath(source)) in (place, *place.parents):
             raise AdaptrtError(f"{out}: is part of the input {source} and will not be replaced")
     if out.is_dir():
         raise AdaptrtError(f"{out}: is a folder, expected a file name")
