@@ -162,6 +162,26 @@ def test_what_cannot_be_merged_is_refused_by_name(world: World, tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize(("dtype", "scale", "expected"), [
+    ("f32", "7e37", "is -?inf"), ("nf4", "7e37", "is -?inf"), ("f16", "1e6", "is beyond the range of f16"),
+])  # fmt: skip
+def test_what_outgrows_the_numbers_is_refused_naming_the_tensor(
+    dtype: str, scale: str, expected: str, world: World, tmp_path: Path
+) -> None:
+    sources = [f"{world.adapters[1]}:{scale}"] * 30
+    for kind in (["-o", tmp_path / "m.adrt"], ["-o", tmp_path / "hf", "--to", "hf", "--dtype", "f16"]):
+        outcome = adaptrt_cli("merge", world.base(dtype), *sources, *kind)
+        assert outcome.code == 1 and re.search(f"merged tensor model.*{expected}", outcome.error)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_error_of_huge_weights_is_a_number(world: World, tmp_path: Path) -> None:
+    out = tmp_path / "m.adrt"
+    outcome = adaptrt_cli("merge", world.base("nf4"), f"{world.adapters[1]}:1e30", "-o", out)
+    (printed,) = re.findall(r"changed them by (\S+) of their norm", outcome.err)
+    assert outcome.code == 0 and 0 < float(printed) < 0.2
+
+
 # Every part of the normal form, against the reference backend's own reading of it
 
 

@@ -24,8 +24,12 @@ def changes_weight(stack: Sequence[Lowered]) -> bool:
     return any(one.terms for one in stack) or any(part is not None for part in parts)
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def merged_rows(base: BaseTarget, stack: Sequence[Lowered], start: int, stop: int) -> Floats:
-    """Rows start … stop - 1 of the weight under a stack: a linear layer's, the head's, or the embedding's table's."""
+    """Rows start … stop - 1 of the weight under a stack: a linear layer's, the head's, or the embedding's table's.
+
+    What outgrows float32 is infinite or NaN.
+    """
     if base.kind == "embedding":
         return _merged_table(base, stack, start, stop)
     rows = base.rows(start, stop)

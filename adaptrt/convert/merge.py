@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -26,6 +27,7 @@ from adaptrt.errors import ConvertError
 from adaptrt.format import File, Writer, open_file
 from adaptrt.model.architecture import Architecture, TensorSpec
 from adaptrt.quant.encode import Encoder
+from adaptrt.quant.finite import require_finite
 from adaptrt.quant.plain import rows_to_float32, to_float32
 
 CHUNK_ELEMENTS = 1 << 22
@@ -57,7 +59,13 @@ class MergedModel:
         return constant or changes_weight(acting)
 
     def chunks(self, spec: TensorSpec) -> Iterator[NDArray[np.float32]]:
-        """Its values in row-major order, in runs of whole rows."""
+        """Its values in row-major order, in runs of whole rows. Raises ConvertError for one that is not finite."""
+        for chunk in self._merged(spec):
+            with naming_tensor(spec):
+                require_finite(chunk)
+            yield chunk
+
+    def _merged(self, spec: TensorSpec) -> Iterator[NDArray[np.float32]]:
         if not self.changed(spec) or spec.role in ("bias", "norm"):
             yield from self._whole(spec) if len(spec.shape) == 1 else self._unchanged(spec)
             return
@@ -83,6 +91,15 @@ class MergedModel:
     def _acting(self, spec: TensorSpec) -> list[Lowered]:
         name = spec.target.removesuffix(".bias")
         return [adapter[name] for adapter in self.stack if name in adapter]
+
+
+@contextmanager
+def naming_tensor(spec: TensorSpec) -> Iterator[None]:
+    """Turn a quantizer's ValueError into a ConvertError that names the tensor."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConvertError(f"merged tensor {spec.hf_name}: {error}") from error
 
 
 def row_runs(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
@@ -137,9 +154,10 @@ def write_merged(model: MergedModel, out: Path, progress: Progress) -> None:
                 with section.stream(spec.name, dtypes[spec.name], spec.shape) as to:
                     if model.changed(spec):
                         encoder = Encoder(dtypes[spec.name], spec.shape, kernels)
-                        for chunk in model.chunks(spec):
-                            to.write(encoder.feed(chunk))
-                        to.write(encoder.finish())
+                        with naming_tensor(spec):
+                            for chunk in model.chunks(spec):
+                                to.write(encoder.feed(chunk))
+                            to.write(encoder.finish())
                     else:
                         to.write(model.file.tensor(SECTION, model.source(spec)).data)
                 done += prod(spec.shape)
@@ -160,8 +178,11 @@ def quantization_error(
         for spec in changed:
             stored = file.tensor(SECTION, spec.name)
             for (start, stop), chunk in zip(row_runs(spec.shape), model.chunks(spec), strict=True):
-                difference += float(np.sum(np.square(rows_to_float32(stored, start, stop) - chunk)))
-                size += float(np.sum(np.square(chunk)))
+                lost = rows_to_float32(stored, start, stop) - chunk
+                difference += float(
+                    np.sum(np.square(lost, dtype=np.float64))
+                )  # float32 ends at squares of 2e19
+                size += float(np.sum(np.square(chunk, dtype=np.float64)))
                 done += chunk.size
                 progress(done, total, spec.name)
     return float(np.sqrt(difference / size)) if size else 0.0

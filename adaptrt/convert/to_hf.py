@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from adaptrt.convert.base import Progress
 from adaptrt.convert.folders import new_folder, write_json, write_safetensors
 from adaptrt.convert.hf_tokenizer import SPECIALS
-from adaptrt.convert.merge import MergedModel
-from adaptrt.errors import ConvertError
+from adaptrt.convert.merge import MergedModel, naming_tensor
 from adaptrt.model.architecture import Architecture, TensorSpec
 from adaptrt.quant.plain import plain_bytes
 from adaptrt.tensor import PLAIN_ITEM_BYTES
@@ -34,10 +33,9 @@ def write_hf(
     def pieces(spec: TensorSpec) -> Iterator[NDArray[np.uint8]]:
         nonlocal done
         for chunk in model.chunks(spec):
-            try:
-                yield plain_bytes(chunk, dtype)
-            except ValueError as error:
-                raise ConvertError(f"{out}: tensor {spec.hf_name}: {error}") from error
+            with naming_tensor(spec):
+                encoded = plain_bytes(chunk, dtype)
+            yield encoded
             done += chunk.size
             progress(done, total, spec.hf_name)
 
