@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -137,3 +139,11 @@ def test_codes_of_the_header_become_kinds_of_error() -> None:
         with pytest.raises(BackendError, match="backend made: ") as caught:
             calls("probe")
         assert type(caught.value) is kind
+
+
+def test_a_cuda_backend_that_was_not_built_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module = SimpleNamespace(__file__=str(tmp_path / "_native.so"))
+    monkeypatch.setattr("adaptrt.backends.cuda.native_module", lambda name: module)
+    (tmp_path / "_cuda.txt").write_text("switched off by ADAPTRT_CUDA=OFF\n")
+    expected = "not built when adaptrt was installed: switched off by ADAPTRT_CUDA=OFF"
+    assert CudaBackend().unavailable() == expected

@@ -140,6 +140,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], Edit | None, str]] = {
     "oft both": ("OFT", {"r": 4}, None, "r = 4 and oft_block_size = 16: expected one of them"),
     "oft series": ("OFT", {"peft_version": "0.17.1"}, None, "use_cayley_neumann of an adapter saved by PEFT '0.17.1'"),
     "oft no version": ("OFT", {"peft_version": None}, None, "the series was another before 0.18"),
+    "oft endless": ("OFT", {"num_cayley_neumann_terms": 2**40}, None, "terms = 1099511627776: expected a whole number"),
     "oft block": ("OFT", {"oft_block_size": 8}, None, "oft_R.weight is [4, 120], expected [8, 28]"),
     "oft sharing": ("OFT", {"block_share": True}, None, "oft_R.weight is [4, 120], expected [1, 120]"),
     "boft sizes": ("BOFT", {"boft_block_num": 16}, None, "boft_block_size = 4 and boft_block_num = 16: expected one"),

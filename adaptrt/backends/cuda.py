@@ -14,6 +14,7 @@ from adaptrt.program import Program
 from adaptrt.tensor import Tensor
 
 LIBRARY = "_cuda.so"
+REASON = "_cuda.txt"  # why there is no library
 WIDEST_RANK = 512  # of low-rank terms; a warp goes over all ranks of its outputs
 
 
@@ -54,7 +55,7 @@ class CudaBackend:
         module = native_module(self.name)
         path = Path(module.__file__).with_name(LIBRARY)
         if not path.exists():
-            raise BackendError(
-                "backend cuda: not built: no CUDA compiler was found when adaptrt was installed"
-            )
+            written = path.with_name(REASON)
+            reason = written.read_text().strip() if written.exists() else "the build left no reason"
+            raise BackendError(f"backend cuda: not built when adaptrt was installed: {reason}")
         return Calls(module, open_table(module, path, "adrt_cuda_backend", self.name), self.name)

@@ -13,7 +13,7 @@ import numpy as np
 
 from adaptrt.adapters.dense import Floats, dense_term
 from adaptrt.adapters.normal import Lowered
-from adaptrt.adapters.options import Rule, any_value, boolean, finite, flag, positive_int
+from adaptrt.adapters.options import Rule, any_value, boolean, finite, flag
 from adaptrt.adapters.problems import Problems, brief
 from adaptrt.adapters.variant import BaseWeight, Module, Params, Roles, Variant
 from adaptrt.errors import AdapterError
@@ -22,6 +22,7 @@ from adaptrt.quant.plain import to_float32
 from adaptrt.tensor import Tensor
 
 FIRST_PEFT = (0, 18)  # the Neumann series was another before
+MOST_TERMS = 1024  # of the series: each takes a product of all blocks, and PEFT's default is 5
 DEFAULTS: Mapping[str, Any] = {
     "r": 0, "oft_block_size": 32, "block_share": False, "coft": False, "eps": 6e-5,
     "use_cayley_neumann": True, "num_cayley_neumann_terms": 5,
@@ -33,6 +34,15 @@ def count(value: object) -> str | None:
     return None if type(value) is int and value >= 0 else "expected a whole number, 0 or above"
 
 
+def terms(value: object) -> str | None:
+    """A number of terms of the series."""
+    return (
+        None
+        if type(value) is int and 0 < value <= MOST_TERMS
+        else f"expected a whole number from 1 to {MOST_TERMS}"
+    )
+
+
 class OftVariant(Variant):
     """OFT on linear layers, where the input turns, and on the embedding, where the output does."""
 
@@ -42,7 +52,7 @@ class OftVariant(Variant):
         "oft_block_size": count,
         **dict.fromkeys(("block_share", "coft", "use_cayley_neumann"), boolean),
         "eps": finite,
-        "num_cayley_neumann_terms": positive_int,
+        "num_cayley_neumann_terms": terms,
         "fan_in_fan_out": flag,  # says how the base stores W
         **dict.fromkeys(("module_dropout", "init_weights"), any_value),  # of training, of the start
     }
@@ -107,6 +117,8 @@ class OftVariant(Variant):
             raise AdapterError(
                 f"oft_R is {list(vectors.shape)}, expected blocks of {block} for {inner} inputs"
             )
+        if problem := terms(params["terms"]):
+            raise AdapterError(f"param terms is {params['terms']}, {problem}")
         q = np.zeros((blocks, block, block), np.float32)
         rows_above, columns_above = np.triu_indices(block, 1)
         q[:, rows_above, columns_above] = vectors
