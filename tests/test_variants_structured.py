@@ -139,6 +139,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], Edit | None, str]] = {
     "oft old": ("OFT", {"oft_block_size": 0, "r": 0}, None, "r = 0 and oft_block_size = 0: expected one of them"),
     "oft both": ("OFT", {"r": 4}, None, "r = 4 and oft_block_size = 16: expected one of them"),
     "oft series": ("OFT", {"peft_version": "0.17.1"}, None, "use_cayley_neumann of an adapter saved by PEFT '0.17.1'"),
+    "oft endless version": ("OFT", {"peft_version": "9" * 5000}, None, "the series was another before 0.18"),
     "oft no version": ("OFT", {"peft_version": None}, None, "the series was another before 0.18"),
     "oft endless": ("OFT", {"num_cayley_neumann_terms": 2**40}, None, "terms = 1099511627776: expected a whole number"),
     "oft block": ("OFT", {"oft_block_size": 8}, None, "oft_R.weight is [4, 120], expected [8, 28]"),
@@ -149,6 +150,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], Edit | None, str]] = {
     "fourierft choice": (
         "FourierFT", {"n_frequency_pattern": {"q_proj|k_proj": 9}}, None, "write the choices of a pattern one by one",
     ),
+    "fourierft no table": ("FourierFT", {"n_frequency_pattern": True}, None, "pattern = True: expected an object"),
+    "c3a no table": ("C3A", {"block_size_pattern": 5}, None, "block_size_pattern = 5: expected an object"),
     "fourierft seed": ("FourierFT", {"random_loc_seed": 1.5}, None, "expected a whole number"),
     "c3a block": ("C3A", {"block_size": 8}, None, "c3a_kernel is [4, 4, 16], expected [4, 4, 8]"),
     "randlora bases": ("RandLoRA", {"save_projection": False}, None, "the random bases are not in the file"),

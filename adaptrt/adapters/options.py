@@ -86,9 +86,10 @@ def plain_patterns(rule: Rule) -> Rule:
     """`patterns` for `match_ending`: without choices and groups, which PEFT would read in its own way there."""
 
     def check(value: Any) -> str | None:
-        problem = patterns(rule)(value)
-        odd = [pattern for pattern in value or () if not problem and re.search(r"[|()]", pattern)]
-        return f"{brief(odd[0])}: write the choices of a pattern one by one" if odd else problem
+        if problem := patterns(rule)(value):
+            return problem
+        odd = [pattern for pattern in value or () if re.search(r"[|()]", pattern)]
+        return f"{brief(odd[0])}: write the choices of a pattern one by one" if odd else None
 
     return check
 

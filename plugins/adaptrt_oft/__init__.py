@@ -174,7 +174,7 @@ def neumann(q: Floats, terms: int) -> Floats:
 def _version(text: object) -> tuple[int, ...]:
     """The first two numbers of a version; (0, 0) for none."""
     numbers = str(text).partition("@")[0].split(".")[:2]
-    return tuple(int(n) for n in numbers) if all(n.isdecimal() for n in numbers) else (0, 0)
+    return tuple(int(n) for n in numbers) if all(n.isdecimal() and len(n) < 10 for n in numbers) else (0, 0)
 
 
 @hookimpl
