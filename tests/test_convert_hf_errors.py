@@ -231,7 +231,10 @@ def test_weights_that_are_a_folder(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("quantization", "message"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "quant_method 'gptq', expected bitsandbytes"),
+        (
+            {"quant_method": "gptq", "bits": 4},
+            "quant_method 'gptq', expected bitsandbytes; convert the model as",
+        ),
         ({"bits": 8}, "quant_method None, expected bitsandbytes"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "load_in_8bit True, expected False"),
         ({"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type 'fp4', expected 'nf4'"),
@@ -253,6 +256,11 @@ def test_other_quantizations_are_refused_by_name(folder: Path, quantization: obj
         ("tokenizer.json", "{}", "tokenizer.json: not a tokenizer that can be read"),
         ("tokenizer.json", PANICS, "tokenizer.json: not a tokenizer that can be read"),
         ("tokenizer_config.json", "nonsense", "tokenizer_config.json: not valid JSON"),
+        (
+            "tokenizer_config.json",
+            r'{"eos_token": "\ud800"}',
+            "tokenizer_config.json: not valid JSON ('utf-8' codec",
+        ),
         ("tokenizer_config.json", '{"bos_token": 3}', "bos_token is 3, expected a string"),
         ("tokenizer_config.json", '{"chat_template": 3}', "chat_template is a int, expected a string"),
         ("generation_config.json", '{"eos_token_id": [2, "x"]}', "eos_token_id is 'x', expected a token id"),

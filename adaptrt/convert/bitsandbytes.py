@@ -22,6 +22,7 @@ STATE = ".quant_state.bitsandbytes__nf4"
 SUFFIXES = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", STATE)
 STATE_LIMIT = 1 << 16  # bytes of its JSON; real ones have about 200
 COMPUTE_DTYPES = ("float32", "float16", "bfloat16")  # what bitsandbytes casts to; we keep float32
+INSTEAD = "; convert the model as it was before it was quantized"
 
 
 class Output(Protocol):
@@ -32,11 +33,14 @@ class Output(Protocol):
 
 
 def check_config(quantization: Mapping[str, Any]) -> None:
-    """Refuse a config.json quantization_config that is not bitsandbytes NF4. Raises ConvertError."""
+    """Refuse a config.json quantization_config that is not bitsandbytes' NF4 with double quantization.
+
+    Raises ConvertError.
+    """
     method = quantization.get("quant_method", "bitsandbytes" if "load_in_4bit" in quantization else None)
     if method != "bitsandbytes":
         raise ConvertError(
-            f"config.json: quantization_config has quant_method {shown(method)}, expected bitsandbytes"
+            f"config.json: quantization_config has quant_method {shown(method)}, expected bitsandbytes{INSTEAD}"
         )
     for key, expected in (
         ("load_in_4bit", True),
@@ -48,7 +52,7 @@ def check_config(quantization: Mapping[str, Any]) -> None:
         found = quantization.get(key, expected)
         if found != expected:
             raise ConvertError(
-                f"config.json: quantization_config has {key} {shown(found)}, expected {expected!r}"
+                f"config.json: quantization_config has {key} {shown(found)}, expected {expected!r}{INSTEAD}"
             )
 
 

@@ -50,7 +50,7 @@ def read_json(path: Path, limit: int) -> dict[str, Any]:
 
 
 def parse_object(text: bytes, what: str) -> dict[str, Any]:
-    """Strict JSON: one object, UTF-8, no duplicate keys. Raises ConvertError starting with `what`.
+    """Strict JSON: one object, UTF-8 (escapes included), no duplicate keys. Raises ConvertError starting with `what`.
 
     NaN and Infinity pass: real config.json files hold them, and whoever reads a number checks it.
     """
@@ -64,6 +64,8 @@ def parse_object(text: bytes, what: str) -> dict[str, Any]:
 
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+        if b"\\u" in text:  # half of a surrogate pair is no character, and nobody could write it again
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else "nested too deep"
         raise ConvertError(f"{what}: not valid JSON ({reason[:120]})") from error
