@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -214,6 +216,11 @@ def test_a_chat_template_has_limits(template: str, limit: str, monkeypatch: pyte
     monkeypatch.setattr(renderer, "SECONDS", 1 if "finish" in limit else 60)
     with pytest.raises(ModelError, match=f"chat template: {limit}"):
         render(template, [], {})
+
+
+def test_a_path_among_python_s_paths_does_not_matter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("sys.path", [tmp_path, *sys.path])  # as notebooks do
+    assert render("{{ messages[0].content }}", [{"role": "user", "content": "x"}], {}) == "x"
 
 
 def test_a_chat_template_that_cannot_be_run_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -81,7 +82,8 @@ def _typed() -> Iterator[str]:
     if not sys.stdin.isatty():
         yield from (line.strip() for line in sys.stdin)
         return
-    import readline  # noqa: F401 - gives input() its editing and history
+    with suppress(ImportError):  # not every Python was built with it
+        import readline  # noqa: F401 - gives input() its editing and history
 
     while True:
         try:

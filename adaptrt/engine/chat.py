@@ -21,7 +21,8 @@ def render(template: str, messages: Sequence[Mapping[str, str]], special_tokens:
     variables: dict[str, Any] = {"add_generation_prompt": True, "tools": None, "documents": None}
     try:
         variables |= {**special_tokens, "messages": [dict(message) for message in messages]}
-        request = json.dumps({"path": sys.path, "template": template, "variables": variables})
+        path = [str(entry) for entry in sys.path]  # notebooks put Paths there
+        request = json.dumps({"path": path, "template": template, "variables": variables})
     except (TypeError, ValueError):
         raise RequestError(
             f"messages: found {messages!r:.80}, expected a list of {{'role': …, 'content': …}}"
