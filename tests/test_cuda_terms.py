@@ -11,6 +11,7 @@ from helpers.cuda import TOLERANCE, assert_close, load, needs_gpu, plain, refere
 from adaptrt.adapters.normal import Kronecker, Lowered, LoweredAdapter, LowRank
 from adaptrt.program import Add, Embed, Gated, Linear, Logits, Norm, Op
 from adaptrt.quant.plain import from_float32
+from adaptrt.tensor import Tensor
 from adaptrt.testing.programs import (
     DTYPES,
     VOCABULARY,
@@ -283,6 +284,57 @@ def test_factors_in_common(rank: int, dtype: str, out: int) -> None:
     stacks = [(12,), (), (13,), (0, 14), (14, 0), (12, 1), (2, 3), (13, 4), (0, 13, 12)]
     mixed = [Run([j] * (1 + j % 5 * 9), stack=stack) for j, stack in enumerate(stacks)]
     compare_stacks(model, adapters, plain_only + mixed, TOLERANCE)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_large_factors_in_common(dtype: str) -> None:
+    """More outputs, inputs, ranks and tokens than blocks take at a time; two layers with one U and each its own V."""
+    out, cols, rank = 1100, 3136, 320
+    tensors: dict[str, Any] = {}
+    weight("w", out, cols, "nf4", tensors)
+    weight("v", out, cols, "nf4", tensors, seed=2)
+    ops = [Linear("y", "x", "w", None, "w"), Linear("z", "x", "v", None, "v"), Add("z", "y", "z")]
+    model = probe(ops, "z", {"x": cols, "y": out, "z": out}, tensors)
+    u = from_float32(random(1, out, rank, scale=rank**-0.5), "bf16")
+    vs = {
+        name: from_float32(random(i, rank, cols, scale=cols**-0.5), dtype) for i, name in enumerate("wv", 2)
+    }
+
+    def vera(seed: int) -> LoweredAdapter:
+        d, e = 1 + random(seed, rank), 1 + random(seed + 1, out)
+        return {name: Lowered((LowRank(u, v, 0.8, d, e),)) for name, v in vs.items()}
+
+    adapters = [vera(2 * i) for i in range(3)]
+    for tokens in (2, 13):  # of each of ten runs
+        runs = [Run([i % VOCABULARY] * tokens, stack=(i % 4,) if i % 4 < 3 else ()) for i in range(10)]
+        compare_stacks(model, adapters, runs, TOLERANCE)
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    ("rank", "out", "tokens"), [(256, 1088, 100), (30, 192, 40), (300, 192, 30), (64, 6400, 10)]
+)
+@pytest.mark.parametrize("kept", [False, True])
+def test_gates_of_factors_in_common(kept: bool, rank: int, out: int, tokens: int) -> None:
+    """A gate whose inputs nobody else wants, or somebody does, where U and V are in common, one U or two."""
+    tensors: dict[str, Any] = {}
+    for name in ("w", "v"):
+        weight(name, out, IN, "nf4", tensors)
+    ops: list[Op] = [Linear("gate", "x", "w", None, "w"), Linear("up", "x", "v", None, "v")]
+    ops += [Gated("gate", "gate", "up", "silu"), *[Add("gate", "gate", "up")] * kept]
+    model = probe(ops, "gate", {"x": IN, "gate": out, "up": out}, tensors)
+    v = from_float32(random(2, rank, IN, scale=IN**-0.5), "bf16")
+    us = [from_float32(random(i, out, rank, scale=rank**-0.5), "bf16") for i in (1, 3)]
+
+    def vera(seed: int, u: Tensor) -> Lowered:
+        return Lowered((LowRank(u, v, 0.8, 1 + random(seed, rank), 1 + random(seed + 1, out)),))
+
+    adapters: list[LoweredAdapter]
+    for second in us[: 2 - kept]:
+        adapters = [{"w": vera(4 * i, us[0]), "v": vera(4 * i + 2, second)} for i in range(9)]
+        runs = [Run([i % VOCABULARY], stack=(i % 10,) if i % 10 < 9 else ()) for i in range(tokens)]
+        compare_stacks(model, adapters, runs, 2 * TOLERANCE)
 
 
 EMBEDDED = {

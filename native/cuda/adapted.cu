@@ -44,7 +44,7 @@ int64_t adapted_members::hidden_width(const adrt_executable &e) const {
 int64_t adapted_members::projected_width(const adrt_executable &e) const {
   int64_t width = 0;
   for (const product_member &m : members_)
-    if (has_common(e, m)) width += project_splits * projected_stride(acting(e, m).v->f.rows);
+    if (has_common(e, m)) width += hidden_stride(acting(e, m).v->f.rows) / 2;  // halves of a float
   return width;
 }
 
@@ -133,27 +133,26 @@ bool adapted_members::fit_beside(adrt_executable &e, const adapter_call &call, c
   return true;
 }
 
-// V x of the terms in common, once a V.
-extend_call adapted_members::project(adrt_executable &e, const adapter_call &call) const {
+// Hidden values of the terms in common, V x once a V.
+common_call adapted_members::project(adrt_executable &e, const adapter_call &call) const {
   int n = tokens(e);
-  extend_call later = {call.applications, segments(e).device_heads, n};
-  later.y = call.y, later.y_stride = call.y_stride, later.records = records(e);
-  float *to = e.projected.as<float>();
+  common_call common = {call.applications, segments(e).device_heads, n};
+  common.y = call.y, common.y_stride = call.y_stride, common.records = records(e);
+  std::vector<shared_factor *> inputs;
+  __nv_bfloat16 *hidden = e.projected.as<__nv_bfloat16>();
   for (size_t i = 0; i < members_.size(); i++) {
     if (!has_common(e, members_[i])) continue;
     const host_attachment &a = acting(e, members_[i]);
-    const float *projected = nullptr;
-    for (int k = 0; k < later.n_members; k++)
-      if (later.members[k].term.v == a.v->f.data) projected = later.members[k].projected;
-    if (!projected) {
-      launch_project(e.queue(), {dense_form(e, *a.v), call.x, call.x_stride, call.cols, n, to});
-      projected = to;
-      to += project_splits * n * projected_stride(a.v->f.rows);
-    }
     const member &m = call.members[i];
-    later.members[later.n_members++] = {m.elsewhere, m.target, dense_form(e, *a.u), projected, m.row, m.rows};
+    const factor &u = plain_form(e, *a.u);
+    common.members[common.n_members++] = {m.elsewhere, m.target, u, hidden, m.row, m.rows};
+    hidden += n * hidden_stride(u.rows);
+    if (std::find(inputs.begin(), inputs.end(), a.v) == inputs.end()) inputs.push_back(a.v);
   }
-  return later;
+  for (shared_factor *v : inputs)
+    launch_project(e.queue(), {v->f.data, plain_form(e, *v), call.x, call.x_stride, call.cols}, common,
+                   e.products.context->hopper);
+  return common;
 }
 
 adapters_left adapted_members::before(adrt_executable &e, const adapter_call &call, const packed_matrix &product) const {
@@ -165,10 +164,11 @@ adapters_left adapted_members::before(adrt_executable &e, const adapter_call &ca
   left.are_split = are_split(e, call, left.split);
   left.split.after_product = left.are_split && leaves_room_after(e.products.context, product, tokens(e));
   if (left.split.after_product) return left;
-  left.ready = !left.are_split && are_lone(e, call, lone);
+  bool lone_shrink = !left.are_split && are_lone(e, call, lone);
+  left.ready = lone_shrink || (left.common.n_members && !chunks(e));
   if (left.are_split)
     launch_shrink_split(e.queue(), left.split);
-  else if (left.ready)
+  else if (lone_shrink)
     launch_shrink_lone(e.queue(), lone, device_of(e));
   else
     launch_shrink(e.queue(), shrink, chunks(e), e.multiprocessors);
@@ -177,7 +177,10 @@ adapters_left adapted_members::before(adrt_executable &e, const adapter_call &ca
 
 bool adapted_members::after(adrt_executable &e, const adapter_call &call, const adapters_left &left,
                             const lone_gate *gate) const {
-  if (left.common.n_members) launch_extend(e.queue(), left.common, e.multiprocessors);
+  bool more = std::any_of(members_.begin(), members_.end(),
+                          [&](const product_member &m) { return m.bias || has_other(e, m); });
+  bool gates = gate && !more && can_gate(left.common);
+  if (left.common.n_members) launch_extend(e.queue(), left.common, gates ? gate : nullptr, device_of(e));
   lone_call lone;
   if (left.split.after_product) launch_shrink_split(e.queue(), left.split);
   if (left.are_split) {
@@ -188,10 +191,8 @@ bool adapted_members::after(adrt_executable &e, const adapter_call &call, const 
     launch_expand_lone(e.queue(), lone, gate, device_of(e));
     return true;
   }
-  if (std::any_of(members_.begin(), members_.end(),
-                  [&](const product_member &m) { return m.bias || has_other(e, m); }))
-    launch_expand(e.queue(), call, segments(e).single, e.multiprocessors);
-  return false;
+  if (more) launch_expand(e.queue(), call, segments(e).single, e.multiprocessors);
+  return gates;
 }
 
 }  // namespace adaptrt

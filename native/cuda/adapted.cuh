@@ -20,7 +20,7 @@ bool acts(const adrt_executable &e, int32_t target);
 
 // Once what is before a product is launched.
 struct adapters_left {
-  extend_call common;
+  common_call common;
   bool ready;      // the product may run at the same time as what was launched (launch_product)
   bool are_split;  // as `split` says; after the product with V x, or without
   split_call split;
@@ -57,7 +57,7 @@ class adapted_members {
   bool one_term_each(const adrt_executable &e, weight_kind &kind, int &rank_pieces) const;
   bool are_lone(const adrt_executable &e, const adapter_call &call, lone_call &lone) const;
   bool are_split(const adrt_executable &e, const adapter_call &call, split_call &split) const;
-  extend_call project(adrt_executable &e, const adapter_call &call) const;
+  common_call project(adrt_executable &e, const adapter_call &call) const;
 
   std::vector<product_member> members_;
   bool head_, gated_;

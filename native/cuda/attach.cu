@@ -221,14 +221,14 @@ void forget_released(adrt_executable &e) {
   for (auto i = e.factors.begin(); i != e.factors.end();) i = i->second.expired() ? e.factors.erase(i) : std::next(i);
 }
 
-// As rows of bfloat16.
-const dense_factor &dense_form(adrt_executable &e, shared_factor &s) {
-  if (s.dense.data) return s.dense;
-  dense_factor dense = describe_dense(s.f);
-  s.dense_memory = device_memory(size_t(dense.rows * dense.stride) * sizeof(__nv_bfloat16), "an adapter's tensor");
-  dense.data = s.dense_memory.as<__nv_bfloat16>();
-  launch_densify(e.queue(), s.f, dense);
-  return s.dense = dense;
+const factor &plain_form(adrt_executable &e, shared_factor &s) {
+  if (s.f.dtype == ADRT_BF16) return s.f;
+  if (s.plain.data) return s.plain;
+  factor plain = describe_plain(s.f);
+  s.plain_memory = device_memory(factor_bytes(plain), "an adapter's tensor");
+  plain.data = s.plain_memory.bytes();
+  launch_plain(e.queue(), s.f, plain);
+  return s.plain = plain;
 }
 
 std::unique_ptr<adapter> make_adapter(adrt_executable &e, const std::vector<adrt_attachment> &attachments) {

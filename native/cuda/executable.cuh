@@ -63,8 +63,8 @@ struct shared_factor {
   std::shared_ptr<device_memory> memory;  // of all tensors that came with it
   int64_t number = 0;   // of all that there were
   int64_t terms = 0;    // that have had it
-  dense_factor dense;   // once a step has wanted it
-  device_memory dense_memory;
+  factor plain = {};    // its values as bfloat16, once a step has wanted them
+  device_memory plain_memory;
 };
 
 // A term that many adapters may have is multiplied for all tokens at once, from so many on.
@@ -235,7 +235,7 @@ void reserve_pages(adrt_executable &e, int32_t n_pages);
 // attach.cu
 std::unique_ptr<adapter> make_adapter(adrt_executable &e, const std::vector<adrt_attachment> &attachments);
 void forget_released(adrt_executable &e);  // tensors that no adapter has any more
-const dense_factor &dense_form(adrt_executable &e, shared_factor &s);
+const factor &plain_form(adrt_executable &e, shared_factor &s);  // panels of bfloat16
 // step.cu
 void step(adrt_executable &e, const adrt_batch &batch);
 // peak.cu

@@ -91,6 +91,16 @@ __device__ inline void send_to_cluster(float *to, float v, uint64_t *barrier, in
       : "memory");
 }
 
+__device__ inline void send_four_to_cluster(float *to, const float (&v)[4], uint64_t *barrier, int rank) {
+  asm volatile(
+      "{.reg .b32 there, counter; mapa.shared::cluster.u32 there, %0, %6; mapa.shared::cluster.u32 counter, %5, %6; "
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [there], {%1, %2, %3, %4}, [counter];}" ::"r"(
+          shared_address(to)),
+      "r"(__float_as_uint(v[0])), "r"(__float_as_uint(v[1])), "r"(__float_as_uint(v[2])), "r"(__float_as_uint(v[3])),
+      "r"(shared_address(barrier)), "r"(rank)
+      : "memory");
+}
+
 // At the same barrier of another block of the cluster, or of this one.
 __device__ inline void arrive_in_cluster(uint64_t *barrier, uint32_t rank) {
   asm volatile(

@@ -121,8 +121,8 @@ void make_adapter_room(adrt_executable &e) {
   for (const host_attachment &a : e.acting.points) {
     maps = maps || a.maps_input;
     if (!a.v || e.plan.n_tokens < least_common_tokens) continue;
-    dense_form(e, *a.v);  // now, as nothing may be allocated once the step's launches have begun
-    dense_form(e, *a.u);
+    plain_form(e, *a.v);  // now, as nothing may be allocated once the step's launches have begun
+    plain_form(e, *a.u);
   }
   int64_t rows = std::max(e.plan.tokens.hidden_rows, e.plan.logits.hidden_rows);
   if (e.plan.n_tokens <= most_tokens_split) rows = std::max<int64_t>(rows, most_shrink_splits * e.plan.n_tokens);
