@@ -6,7 +6,7 @@
 namespace adaptrt {
 namespace {
 
-constexpr int most_v_warps = 4, pieces_of_v_warp = 3, most_pieces_of_v_warp = 16;  // pieces of V
+constexpr int most_pieces_of_v_warp = 16;
 
 int align_16(int bytes) { return (bytes + 15) / 16 * 16; }
 
@@ -28,17 +28,14 @@ void launch_find_terms(const queue &q, const term_tables &tables, int n_targets)
   if (all) launch(q, find_terms, dim3(blocks_of(all, threads)), threads, 0, tables, n_targets);
 }
 
-bool divide_beside(beside_call &call, int columns, int blocks, int most_warps) {
+bool divide_beside(beside_call &call, int columns, int blocks) {
   int panels = call.n_slots * call.n_members * call.rank_pieces;
+  blocks = blocks_of_v(blocks);
   int pieces = (panels * columns + blocks - 1) / blocks;  // for a block of threads
-  if (most_warps < 2) return false;
-  call.u_warps = panels > most_members && most_warps > 2 ? 2 : 1;
-  int most_v = std::min(most_v_warps, most_warps - call.u_warps);
-  call.v_warps = std::min(most_v, (pieces + pieces_of_v_warp - 1) / pieces_of_v_warp);
-  int useful = std::min({most_splits_beside, columns, blocks * call.v_warps / panels});
+  int useful = std::min({most_splits_beside, columns, blocks * v_warps / panels});
   for (call.log_splits = 2; 2 << call.log_splits <= useful;) call.log_splits++;
   size_t bytes = size_t(panels) * size_t(call.slot_tokens * call.splits() * panel_ranks) * sizeof(uint64_t);
-  return pieces <= most_pieces_of_v_warp * call.v_warps && bytes <= beside_bytes;
+  return pieces <= most_pieces_of_v_warp * v_warps && bytes <= beside_bytes;
 }
 
 static beside_plan plan_least(const beside_call &call, int tiles, int tokens, int first) {
@@ -58,20 +55,20 @@ static int entry_bytes(const beside_call &call) {
 }
 
 int least_beside(const beside_call &call, int tiles, int tokens) {
-  return plan_least(call, tiles, tokens, 0).v + 16 + (call.u_warps + call.v_warps) * entry_bytes(call);
+  return plan_least(call, tiles, tokens, 0).v + 16 + warps_beside * entry_bytes(call);
 }
 
 void plan_room_beside(beside_call &call, int tiles, int tokens, int columns, int first, int end) {
   beside_plan &plan = call.plan = plan_least(call, tiles, tokens, first);
   int piece = tile_bytes(call.kind), pieces = (columns + call.splits() - 1) / call.splits();
   call.entry_bytes = entry_bytes(call);
-  int warps = call.u_warps + call.v_warps, of_warp = call.n_slots * ((tiles + warps - 1) / warps);
-  int least = plan.v + warps * call.entry_bytes;
-  plan.v_room = std::min(pieces, (end - least) / 2 / piece / call.v_warps);
-  plan.u = plan.v + plan.v_room * piece * call.v_warps;
-  int ring = std::min(of_warp, (end - plan.u) / call.entry_bytes / warps);
+  int of_warp = call.n_slots * ((tiles + warps_beside - 1) / warps_beside);
+  int least = plan.v + warps_beside * call.entry_bytes;
+  plan.v_room = std::min(pieces, (end - least) / 2 / piece / v_warps);
+  plan.u = plan.v + plan.v_room * piece * v_warps;
+  int ring = std::min(of_warp, (end - plan.u) / call.entry_bytes / warps_beside);
   plan.u_tiles = ring / call.n_slots, plan.u_slots = ring % call.n_slots;
-  plan.bytes = plan.u + ring * warps * call.entry_bytes;
+  plan.bytes = plan.u + ring * warps_beside * call.entry_bytes;
 }
 
 }  // namespace adaptrt

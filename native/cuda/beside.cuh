@@ -1,7 +1,8 @@
 // Adapters of few tokens inside the product that they belong to (product_few.cu): while most warps of a block of threads
 // multiply, a few more work out what adapters change in the block's outputs, y = gain * y + delta.
 //
-//   before the input is there   the terms, the block's piece of V and its rows of U are on their way to shared memory
+//   before the input is there   the terms, the block's piece of V and its rows of U are on their way to shared memory, and
+//           addresses and scale * d are worked out: after a wait every instruction counts
 //   V x     16 ranks by a part of the columns a warp; all blocks of threads leave their sums in global memory
 //   h       every block adds up the sums that it needs, always in the same order
 //   U h     for the rows of the block's tiles, on tensor cores
@@ -55,19 +56,22 @@ struct beside_call {
   weight_kind kind;    // of all factors
   int rank_pieces;     // the most pieces of 16 ranks
   bool vectors;        // some have vectors of the outputs
-  uint64_t *parts;     // [slots, slot_tokens, members, rank_pieces, splits, 16]: a sum, and in which launch it was made
+  uint64_t *parts;     // [members, slots, slot_tokens, rank_pieces, splits, 16]: a sum, and in which launch it was made
   const uint32_t *step;  // the step's number
   uint32_t launch;       // this launch's, in the step
   // filled in by plan_beside
-  int log_splits, v_warps, u_warps, entry_bytes;  // of what a slot needs for a tile of outputs
+  int log_splits, entry_bytes;  // of what a slot needs for a tile of outputs
   beside_plan plan;
 
   __host__ __device__ int splits() const { return 1 << log_splits; }
 };
 
+constexpr int u_warps = 2, v_warps = 2, warps_beside = u_warps + v_warps;  // of a block: so many can give registers away
 constexpr int most_tokens_beside = 8;  // columns of a tensor core's product
 constexpr int most_slots_beside = 4;   // where there is another way that is quick (split.cuh)
 constexpr int least_splits_beside = 4, most_splits_beside = 32;  // of the columns; powers of two
+// The last blocks of a launch start late, where the kernel before has its own: V x, which all wait for, is the others'.
+__host__ __device__ constexpr int blocks_of_v(int blocks) { return blocks - blocks / 16; }
 constexpr uint32_t most_launches_beside = 1 << 12;  // in a step
 constexpr size_t beside_bytes = size_t(1) << 20;  // of `parts`
 
@@ -85,9 +89,9 @@ void launch_find_terms(const queue &q, const term_tables &tables, int n_targets)
 // Fills in how the work is divided for a product; false when it is too much, or the product is another kernel's.
 bool plan_beside(const product_context *context, const packed_matrix &w, int tokens, beside_call &call);
 
-// The parts of that: into units for blocks of threads and at most so many warps of each, the shared memory that it cannot do without beside so many tiles,
-// and the room for what is fetched ahead, in what a product leaves from `first` to `end`.
-bool divide_beside(beside_call &call, int columns, int blocks, int most_warps);
+// The parts of that: into units for blocks of threads, the shared memory that it cannot do without beside so many tiles, and
+// the room for what is fetched ahead, in what a product leaves from `first` to `end`.
+bool divide_beside(beside_call &call, int columns, int blocks);
 int least_beside(const beside_call &call, int tiles, int tokens);
 void plan_room_beside(beside_call &call, int tiles, int tokens, int columns, int first, int end);
 

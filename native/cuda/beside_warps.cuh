@@ -1,78 +1,18 @@
 // What the warps beside a product do (beside.cuh).
 #ifndef ADAPTRT_CUDA_BESIDE_WARPS_CUH
 #define ADAPTRT_CUDA_BESIDE_WARPS_CUH
-#include "beside.cuh"
-#include "panels.cuh"
+#include <stddef.h>
+
+#include "beside_parts.cuh"
 
 namespace adaptrt {
-
-// ---- barriers ----
-
-__device__ inline void sync_threads(int barrier, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-__device__ inline void arrive_threads(int barrier, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
-// Of the warps that multiply, when the tokens are staged; of those beside them; of all, when changes are there.
-constexpr int multipliers_barrier = 1, terms_barrier = 2, beside_barrier = 3, changes_barrier = 4;
-
-// y = gain * y + delta, [tiles, tokens, 16] of each; gains only with vectors.
-struct changes {
-  float *delta, *gain;
-  __device__ void step(int items) { delta += items, gain += items; }
-};
-__device__ inline changes changes_of(uint8_t *shared, const beside_call &c, int tiles, int tokens) {
-  float *delta = reinterpret_cast<float *>(shared + c.plan.changes);
-  return {delta, delta + tiles * tokens * tile_rows};
-}
-
-__device__ inline void copy_16(const void *to, const void *from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
-}
-
-// ---- a step's operand: 16 ranks by 16 inputs or outputs of a piece, of which a lane has some words ----
-
-template <weight_kind kind>
-struct step_words {
-  static constexpr int bytes = tile_bytes(kind) / 4 / warp_size;
-  union {
-    uint32_t word[bytes / 4];
-    std::conditional_t<bytes == 16, uint4, std::conditional_t<bytes == 8, uint2, uint32_t>> all;
-  };
-
-  // Where the lane's are in a piece.
-  static __device__ int place(int step) {
-    int vector = threadIdx.x % warp_size * 16;
-    return bytes == 16 ? step * 512 + vector : bytes == 8 ? step / 2 * 512 + vector + step % 2 * 8 : vector + step * 4;
-  }
-  __device__ void load(const uint8_t *from) { all = *reinterpret_cast<const decltype(all) *>(from); }
-  __device__ void operand(uint32_t a[4]) const {
-    if constexpr (kind == weight_kind::nf4) {
-      nf4_bytes values = nf4_as_bf16();
-      decode_nf4(word[0], values, a[0], a[1]);
-      decode_nf4(word[0] >> 16, values, a[2], a[3]);
-    } else if constexpr (kind == weight_kind::int8) {
-      for (int r = 0; r < 4; r++) a[r] = int8_pair(word[r / 2], r % 2);
-    } else {
-      for (int r = 0; r < 4; r++) a[r] = word[r];
-    }
-  }
-  static __device__ void copy(const uint8_t *to, const uint8_t *from) {
-    if constexpr (bytes == 16)
-      copy_16(to, from);
-    else
-      asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from), "n"(bytes)
-                   : "memory");
-  }
-};
 
 // ---- the work of a block's warps beside the product ----
 //
 // A warp does one instruction after the other, and most of them once: each costs about ten cycles, most of that for
 // fetching it, while the shortest products take some thousands. So some warps fetch what V x needs and do it while others
-// fetch what U h needs, and then all go on together; and there are no divisions.
+// fetch what U h needs, and then all go on together; there are no divisions; and what can be known is kept in registers when
+// a wait begins, where compilers would rather work it out again.
 
 template <weight_kind kind>
 struct beside_warps {
@@ -83,13 +23,17 @@ struct beside_warps {
   int rows, columns, tokens;  // columns in blocks of 64
   int first_tile, tiles;      // the block's
   int warp, warps, lane;      // of those that work together
+  int multipliers;            // the other warps
   uint8_t *shared;
 
-  // From a token's parts to the next one's, and of a slot's first token.
-  __device__ int part_stride() const { return c.n_members * c.rank_pieces * c.splits() * panel_ranks; }
-  __device__ uint64_t *parts_of(int slot, int member, int piece) const {
-    return c.parts + slot * c.slot_tokens * part_stride() + (member * c.rank_pieces + piece) * c.splits() * panel_ranks;
+  // Hidden values, and the sums that they are made of, are rows of 16 ranks: [members, slots, slot_tokens, rank_pieces].
+  __device__ int rows_of_slot() const { return c.slot_tokens * c.rank_pieces; }
+  __device__ int row_of(int member, int slot) const { return (member * c.n_slots + slot) * rows_of_slot(); }
+  __device__ float *hidden(int row) const {
+    return reinterpret_cast<float *>(shared + c.plan.hidden) + row * panel_ranks;
   }
+  __device__ uint64_t *parts(int row) const { return c.parts + row * c.splits() * panel_ranks; }
+  __device__ int part_stride() const { return c.rank_pieces * c.splits() * panel_ranks; }  // from token to token
 
   // ---- V x ----
 
@@ -114,58 +58,59 @@ struct beside_warps {
     u.codes = t.v + int64_t(first) * piece_bytes;
     u.scales = t.v_scales + first * panel_ranks + lane / 4;
     u.x = x + (t.token + token) * x_stride + begin * BLOCK + lane % 4 * 16;
-    u.to = parts_of(slot, member, piece) + split * panel_ranks + lane % 4 * 2 * part_stride() + lane / 4;
+    u.to = parts(row_of(member, slot) + piece) + split * panel_ranks + lane % 4 * 2 * part_stride() + lane / 4;
     return true;
   }
-  static __device__ int blocks() { return gridDim.x * gridDim.y; }
-  __device__ int first_unit() const { return blockIdx.x + gridDim.x * blockIdx.y + warp * blocks(); }
-  __device__ uint8_t *v_room() const { return shared + c.plan.v + warp * c.plan.v_room * piece_bytes; }
+  static __device__ int blocks() { return blocks_of_v(gridDim.x * gridDim.y); }
+  static __device__ int block() { return blockIdx.x + gridDim.x * blockIdx.y; }
+  __device__ uint32_t v_room() const { return shared_address(shared) + c.plan.v + warp * c.plan.v_room * piece_bytes; }
 
   __device__ void prefetch_v(const unit &u) const {
     int bytes = u.tokens ? min(u.blocks, c.plan.v_room) * piece_bytes : 0;
 #pragma unroll 1
-    for (int i = lane * 16; i < bytes; i += warp_size * 16) copy_16(v_room() + i, u.codes + i);
+    for (int i = lane * 16; i < bytes; i += warp_size * 16) copy_async(v_room() + i, u.codes + i);
   }
 
-  // Two blocks of columns of the lane's token, and what V's codes there are times.
+  // A block of columns of the lane's token, and what V's codes there are times.
   struct unit_input {
-    uint4 x[2][2];
-    float by[2][2];
-    __device__ void load(const unit &u, int first) {
+    uint4 x[2];
+    float by[2];
+    __device__ void load(const unit &u, int block) {
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        int block = min(first + i / 2, u.blocks - 1);
-        bool there = first + i / 2 < u.blocks;
-        x[i / 2][i % 2] = reinterpret_cast<const uint4 *>(u.x + block * BLOCK)[i % 2];
-        by[i / 2][i % 2] = there && kind != weight_kind::bf16 ? __ldg(u.scales + block * panel_ranks + i % 2 * 8) : there;
+      for (int i = 0; i < 2; i++) {
+        x[i] = reinterpret_cast<const uint4 *>(u.x + block * BLOCK)[i];
+        by[i] = kind == weight_kind::bf16 ? 1.f : __ldg(u.scales + block * panel_ranks + i * 8);
       }
     }
   };
 
-  // In lane 4g + t: ranks g and g + 8 by tokens 2t and 2t + 1. `fetched` pieces are in shared memory.
+  // In lane 4g + t: ranks g and g + 8 by tokens 2t and 2t + 1. `fetched` pieces are in shared memory. Inputs of two blocks are
+  // on their way from the start: asked for in the loop, compilers put the second after the first one's products.
   __device__ void multiply_unit(const unit &u, int fetched, float sums[4]) const {
-    const uint8_t *ahead = v_room();
+    uint32_t ahead = v_room();
     unit_input now, next;
     now.load(u, 0);
+    if (u.blocks > 1) next.load(u, 1);
 #pragma unroll 1
-    for (int first = 0; first < u.blocks; first += 2, now = next) {
-      if (first + 2 < u.blocks) next.load(u, first + 2);
+    for (int block = 0; block < u.blocks; block++) {
+      step_words<kind> words[4];
 #pragma unroll
-      for (int i = 0; i < 2; i++) {
-        int block = min(first + i, u.blocks - 1);
-        const uint8_t *codes = (block < fetched ? ahead : u.codes) + block * piece_bytes;
-        float sum[4] = {};
-#pragma unroll
-        for (int s = 0; s < 4; s++) {
-          step_words<kind> words;
-          uint32_t a[4];
-          words.load(codes + step_words<kind>::place(s));
-          words.operand(a);
-          multiply_add(sum, a, word_of(now.x[i][s / 2], s % 2 * 2), word_of(now.x[i][s / 2], s % 2 * 2 + 1));
-        }
-#pragma unroll
-        for (int k = 0; k < 4; k++) sums[k] += now.by[i][k / 2] * sum[k];
+      for (int s = 0; s < 4; s++) {
+        int place = block * piece_bytes + step_words<kind>::place(s);
+        if (block < fetched) words[s].load(ahead + place);
+        else words[s].load(u.codes + place);
       }
+      float halves[2][4] = {};  // that do not wait for each other
+#pragma unroll
+      for (int s = 0; s < 4; s++) {
+        uint32_t a[4];
+        words[s].operand(a);
+        multiply_add(halves[s / 2], a, word_of(now.x[s / 2], s % 2 * 2), word_of(now.x[s / 2], s % 2 * 2 + 1));
+      }
+#pragma unroll
+      for (int k = 0; k < 4; k++) sums[k] += now.by[k / 2] * (halves[0][k] + halves[1][k]);
+      now = next;
+      if (block + 2 < u.blocks) next.load(u, block + 2);
     }
   }
 
@@ -183,7 +128,7 @@ struct beside_warps {
   __device__ void shrink(unit &u, bool there, uint32_t launch) const {
     int fetched = c.plan.v_room;
 #pragma unroll 1
-    for (int n = first_unit(); there; there = find_unit(n += blocks() * warps, u), fetched = 0) {
+    for (int n = block() + warp * blocks(); there; there = find_unit(n += blocks() * warps, u), fetched = 0) {
       float sums[4] = {};
       if (!u.tokens) continue;
       multiply_unit(u, fetched, sums);
@@ -195,11 +140,6 @@ struct beside_warps {
 
   // [members, slots]
   __device__ beside_term *terms() const { return reinterpret_cast<beside_term *>(shared + c.plan.terms); }
-  // [members, slots, slot_tokens, rank_pieces * 16]
-  __device__ float *hidden_at(int member, int slot) const {
-    int row = (member * c.n_slots + slot) * c.slot_tokens;
-    return reinterpret_cast<float *>(shared + c.plan.hidden) + row * c.rank_pieces * panel_ranks;
-  }
   // Where a member's tiles start and end, counted from the block's first.
   __device__ int start_of(int member) const { return (member ? c.members[member - 1].end_tile : 0) - first_tile; }
   __device__ int end_of(int member) const { return c.members[member].end_tile - first_tile; }
@@ -214,38 +154,77 @@ struct beside_warps {
       for (int i = lane; i < c.n_slots * vectors; i += warp_size) copy_16(to + i, from + i);
     }
     commit_copies();
-    wait_for_copies<0>();
-    sync_threads(terms_barrier, warps * warp_size);
   }
 
   // ---- h = scale * d * V x ----
 
-  // Two neighbouring ranks of a piece: four groups of lanes take turns at the splits.
-  __device__ float2 await_sums(const uint64_t *of_piece, uint32_t launch) const {
-    constexpr int groups = least_splits_beside, most_turns = most_splits_beside / groups;
-    int turns = c.splits() / groups;
-    const uint64_t *from = of_piece + lane / 8 * panel_ranks + lane % 8 * 2;
-    uint64_t v[most_turns][2];
+  __device__ bool has_tiles_of(int member) const { return start_of(member) < tiles && end_of(member) > 0; }
+
+  // scale * d, where the hidden value will be; 0 where there is no such rank or token.
+  __device__ void put_factors() const {
+    int turn = warp;
+#pragma unroll 1
+    for (int member = 0; member < c.n_members; member++)
+#pragma unroll 1
+      for (int slot = 0; slot < c.n_slots && has_tiles_of(member); slot++) {
+        if (--turn >= 0) continue;
+        turn = warps - 1;
+        put_factors(terms()[member * c.n_slots + slot], hidden(row_of(member, slot)));
+      }
+  }
+  __device__ void put_factors(const beside_term &t, float *to) const {
+    int ranks = c.rank_pieces * panel_ranks, n_tokens = t.n_tokens, width = t.width;
+    float scale = t.scale;
+    const float *d = t.d;
+#pragma unroll 1
+    for (int token = 0; token < c.slot_tokens; token++, to += ranks)
+#pragma unroll 1
+      for (int rank = lane; rank < ranks; rank += warp_size) {
+        bool there = token < n_tokens && rank < width;
+        to[rank] = !there ? 0.f : d ? scale * __ldg(d + rank) : scale;
+      }
+  }
+
+  // First for one of a row's sums, another in each block: who asks for all of them, again and again, keeps weights waiting.
+  __device__ void await_one(const uint64_t *of_row, uint32_t launch) const {
+    const uint64_t *one = of_row + (block() & (c.splits() - 1)) * panel_ranks;
+    uint64_t v;
+    do asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(one) : "memory");
+    while (uint32_t(v >> 32) != launch);
+  }
+  // Two neighbouring ranks of a row: four groups of lanes take turns at the splits. `from`: the lane's first.
+  template <int turns>
+  static __device__ float2 await_sums(const uint64_t *from, uint32_t launch) {
+    uint64_t v[turns][2];
     uint32_t stale;
     do {
 #pragma unroll
-      for (int i = 0; i < most_turns; i++)
+      for (int i = 0; i < turns; i++)
         asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];"
-                     : "=l"(v[i][0]), "=l"(v[i][1]) : "l"(from + min(i, turns - 1) * groups * panel_ranks) : "memory");
+                     : "=l"(v[i][0]), "=l"(v[i][1]) : "l"(from + i * least_splits_beside * panel_ranks) : "memory");
       stale = 0;
 #pragma unroll
-      for (int i = 0; i < 2 * most_turns; i++) stale |= uint32_t(v[i / 2][i % 2] >> 32) ^ launch;
+      for (int i = 0; i < 2 * turns; i++) stale |= uint32_t(v[i / 2][i % 2] >> 32) ^ launch;
     } while (stale);
     float2 sum = {0, 0};
 #pragma unroll
-    for (int i = 0; i < most_turns; i++)
-      if (i < turns) sum.x += __uint_as_float(uint32_t(v[i][0])), sum.y += __uint_as_float(uint32_t(v[i][1]));
+    for (int i = 0; i < turns; i++)
+      sum.x += __uint_as_float(uint32_t(v[i][0])), sum.y += __uint_as_float(uint32_t(v[i][1]));
 #pragma unroll
     for (int step = 8; step < warp_size; step *= 2) {
       sum.x += __shfl_xor_sync(all_lanes, sum.x, step);
       sum.y += __shfl_xor_sync(all_lanes, sum.y, step);
     }
     return sum;
+  }
+  __device__ float2 await_sums(const uint64_t *from, uint32_t launch) const {
+    static_assert(most_splits_beside == 8 * least_splits_beside);
+    switch (c.splits() / least_splits_beside) {
+      case 8: return await_sums<8>(from, launch);
+      case 4: return await_sums<4>(from, launch);
+      case 2: return await_sums<2>(from, launch);
+      default: return await_sums<1>(from, launch);
+    }
   }
 
   // As a pair for tensor cores: values as bfloat16 and what is left of them, whose sum is exact enough; where scales of U
@@ -256,98 +235,109 @@ struct beside_warps {
     __nv_bfloat162 lower = __floats2bfloat162_rn(h.x - whole.x, h.y - whole.y);
     return {*reinterpret_cast<uint32_t *>(&upper), *reinterpret_cast<uint32_t *>(&lower)};
   }
-  static __device__ void leave_hidden(float *to, float2 h) {
-    if constexpr (kind == weight_kind::bf16)
-      *reinterpret_cast<uint2 *>(to) = operand_pair(h);
-    else
-      *reinterpret_cast<float2 *>(to) = h;
+  static __device__ void leave_hidden(uint32_t to, float2 h) {
+    if constexpr (kind == weight_kind::bf16) store_two(to, operand_pair(h));
+    else store_float2(to, h);
   }
 
-  // All pieces of a slot's tokens, as far as it is the warp's turn.
-  __device__ void gather_slot(int member, int slot, uint32_t launch, int &turn) const {
-    const beside_term &t = terms()[member * c.n_slots + slot];
-    int pair = lane % 8 * 2;
-    const uint64_t *from = parts_of(slot, member, 0);
-    float *to = hidden_at(member, slot) + pair;
-#pragma unroll 1
-    for (int token = 0; token < t.n_tokens; token++, from += part_stride(), to += c.rank_pieces * panel_ranks)
-#pragma unroll 1
-      for (int piece = 0; piece < t.pieces; piece++) {
-        if (--turn) continue;
-        turn = warps;
-        float2 sum = await_sums(from + piece * c.splits() * panel_ranks, launch), by = {t.scale, t.scale};
-        int rank = piece * panel_ranks + pair;
-        if (t.d) by.x *= __ldg(t.d + min(rank, t.width - 1)), by.y *= __ldg(t.d + min(rank + 1, t.width - 1));
-        if (lane < 8) leave_hidden(to + piece * panel_ranks, {by.x * sum.x, by.y * sum.y});
-      }
+  // The rows of the members that the block has tiles of, of which the warp takes every so manieth, and the lane's place.
+  struct row_walk {
+    int row, end;
+    uint32_t at;
+    const uint64_t *from;
+  };
+  __device__ row_walk my_rows(int of_all) const {
+    int first = 0, last = c.n_members - 1;
+    while (!has_tiles_of(first)) first++;
+    while (!has_tiles_of(last)) last--;
+    int row = row_of(first, 0) + of_all;
+    return {kept(row), kept(row_of(last + 1, 0)), kept(shared_address(hidden(row) + lane % 8 * 2)),
+            kept(parts(row) + lane / 8 * panel_ranks + lane % 8 * 2)};
   }
-  // For the members that the block has tiles of.
-  __device__ void gather(uint32_t launch) const {
-    int turn = warp + 1;
+
+  // A row whose factors are all 0 is done.
+  __device__ void gather(row_walk rows, uint32_t launch) const {
 #pragma unroll 1
-    for (int member = 0; member < c.n_members; member++)
-#pragma unroll 1
-      for (int slot = 0; slot < c.n_slots && start_of(member) < tiles && end_of(member) > 0; slot++)
-        gather_slot(member, slot, launch, turn);
+    for (; rows.row < rows.end; rows.row += warps_beside) {
+      float2 by = load_float2(rows.at);
+      if (__any_sync(all_lanes, by.x != 0 || by.y != 0)) {
+        await_one(parts(rows.row), launch);
+        float2 sum = await_sums(rows.from, launch);
+        if (lane < 8) leave_hidden(rows.at, {by.x * sum.x, by.y * sum.y});
+      }
+      rows.at += warps_beside * panel_ranks * int(sizeof(float)), rows.from += warps_beside * c.splits() * panel_ranks;
+    }
   }
 
   // ---- U h ----
 
   // A warp takes every so manieth of the block's tiles, and for each all slots. What a slot needs for a tile is an entry in the
   // warp's ring in shared memory: the words of each piece, the scales of their ranks, and vectors of the outputs, e and
-  // g_out.
+  // g_out. An entry on its way:
   struct entry {
     int tile, slot, member, place;
   };
   __device__ int ring() const { return c.plan.u_tiles * c.n_slots + c.plan.u_slots; }
-  __device__ entry entry_from(int tile, int slot) const {
-    entry at = {tile, slot, 0, 0};
-    find_member(at);
-    return at;
-  }
-  __device__ void find_member(entry &at) const {
-    while (at.member + 1 < c.n_members && at.tile >= end_of(at.member)) at.member++;
+  __device__ int member_from(int member, int tile) const {
+    while (member + 1 < c.n_members && tile >= end_of(member)) member++;
+    return member;
   }
   __device__ void step(entry &at, int all) const {
     if (++at.place == ring()) at.place = 0;
     if (++at.slot < c.n_slots) return;
     at.slot = 0, at.tile += all;
-    find_member(at);
+    at.member = member_from(at.member, at.tile);
   }
-  __device__ const beside_term &term_of(const entry &at) const { return terms()[at.member * c.n_slots + at.slot]; }
-  __device__ uint8_t *room_of(const entry &at, int of_warp) const {
-    return shared + c.plan.u + (of_warp * ring() + at.place) * c.entry_bytes;
+  __device__ uint8_t *room_of(int place, int of_warp) const {
+    return shared + c.plan.u + (of_warp * ring() + place) * c.entry_bytes;
   }
-  __device__ float *scales_of(uint8_t *room) const { return reinterpret_cast<float *>(room + c.rank_pieces * step_bytes); }
-  __device__ float *vectors_of(uint8_t *room) const {
-    return scales_of(room) + (kind == weight_kind::bf16 ? 0 : c.rank_pieces * panel_ranks);
+  // Where in an entry.
+  __device__ int scales_place() const { return c.rank_pieces * step_bytes; }
+  __device__ int vectors_place() const {
+    return c.rank_pieces * (step_bytes + (kind == weight_kind::bf16 ? 0 : panel_ranks * int(sizeof(float))));
   }
 
-  __device__ void fetch(const entry &at, int of_warp) const {
-    const beside_term &t = term_of(at);
-    uint8_t *room = room_of(at, of_warp);
-    int tile = at.tile - start_of(at.member), row = tile * tile_rows + lane * 4;
-    int64_t first = int64_t(tile / 4) * t.pieces;
-    const uint8_t *words = t.u + first * piece_bytes + step_words<kind>::place(tile % 4);
+  // What a slot has for the tiles of a member, which start at one of the block's.
+  struct factor_rows {
+    const uint8_t *u;
+    const float *scales, *e, *g_out;
+    int pieces, start;
+  };
+  __device__ factor_rows rows_of(int member, int slot) const {
+    const beside_term &t = terms()[member * c.n_slots + slot];
+    return {t.u, t.u_scales, t.e, t.g_out, t.pieces, start_of(member)};
+  }
+  __device__ void fetch(const factor_rows &from, int of_block, uint8_t *room) const {
+    int tile = of_block - from.start, row = tile * tile_rows + lane * 4;
+    int64_t first = int64_t(tile / 4) * from.pieces;
+    const uint8_t *words = from.u + first * piece_bytes + step_words<kind>::place(tile % 4);
 #pragma unroll 1
-    for (int i = 0; i < t.pieces; i++)
+    for (int i = 0; i < from.pieces; i++)
       step_words<kind>::copy(room + i * step_bytes + lane * step_words<kind>::bytes, words + i * piece_bytes);
     if constexpr (kind != weight_kind::bf16)
 #pragma unroll 1
-      for (int i = lane * 4; i < t.pieces * panel_ranks; i += warp_size * 4)
-        copy_16(scales_of(room) + i, t.u_scales + first * panel_ranks + i);
-    if (!c.vectors || lane >= tile_rows / 4 || lane * 4 >= rows - (first_tile + at.tile) * tile_rows) return;
-    if (t.e) copy_16(vectors_of(room) + lane * 4, t.e + row);
-    if (t.g_out) copy_16(vectors_of(room) + tile_rows + lane * 4, t.g_out + row);
+      for (int i = lane * 4; i < from.pieces * panel_ranks; i += warp_size * 4)
+        copy_16(room + scales_place() + i * 4, from.scales + first * panel_ranks + i);
+    if (!c.vectors || lane >= tile_rows / 4 || lane * 4 >= rows - (first_tile + of_block) * tile_rows) return;
+    if (from.e) copy_16(room + vectors_place() + lane * 16, from.e + row);
+    if (from.g_out) copy_16(room + vectors_place() + tile_rows * 4 + lane * 16, from.g_out + row);
   }
-  // What there is room for, for all warps.
-  __device__ void prefetch_u(int all) const {
+
+  // What there is room for, for all warps: of a slot one tile after the other.
+  __device__ void prefetch_u() const {
 #pragma unroll 1
-    for (int of_warp = warp; of_warp < all; of_warp += warps) {
-      entry at = entry_from(of_warp, 0);
+    for (int member = 0; member < c.n_members; member++)
 #pragma unroll 1
-      for (int n = 0; n < ring() && at.tile < tiles; n++, step(at, all)) fetch(at, of_warp);
-    }
+      for (int slot = 0; slot < c.n_slots && has_tiles_of(member); slot++) {
+        const factor_rows from = rows_of(member, slot);
+        int end = min(end_of(member), tiles), tile = max(from.start, 0) + warp, of_warp = tile, place = slot;
+#pragma unroll 1
+        for (; tile < end; tile += warps, of_warp += warps) {
+          for (; of_warp >= warps_beside; of_warp -= warps_beside) place += c.n_slots;
+          if (place >= ring()) break;
+          fetch(from, tile, room_of(place, of_warp));
+        }
+      }
   }
 
   // What changes in a tile, in lane 4g + t: outputs 2g and 2g + 1 by tokens 2t and 2t + 1.
@@ -355,96 +345,130 @@ struct beside_warps {
     float2 delta[2], gain[2];
   };
 
-  // Column g of the second operand: 16 ranks' values for token g. In a warp all columns of other tokens are zeros.
-  __device__ void load_operand(const float *values, const float *scales, uint32_t upper[2], uint32_t lower[2]) const {
+  // Column g of the second operand: 16 ranks' values for token g; 0 where it is not the slot's.
+  static __device__ void load_operand(bool there, uint32_t values, uint32_t scales, uint32_t upper[2], uint32_t lower[2]) {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      int rank = lane % 4 * 2 + i * 8;
       uint2 pair = {0, 0};
-      if (values && kind == weight_kind::bf16) pair = *reinterpret_cast<const uint2 *>(values + rank);
-      if (values && kind != weight_kind::bf16) {
-        float2 h = *reinterpret_cast<const float2 *>(values + rank), by = *reinterpret_cast<const float2 *>(scales + rank);
+      if (there && kind == weight_kind::bf16) pair = load_two(values + i * 32);
+      if (there && kind != weight_kind::bf16) {
+        float2 h = load_float2(values + i * 32), by = load_float2(scales + i * 32);
         pair = operand_pair({by.x * h.x, by.y * h.y});
       }
       upper[i] = pair.x, lower[i] = pair.y;
     }
   }
 
-  __device__ void multiply_entry(const entry &at, const beside_term &t, uint8_t *room, float sums[4]) const {
-    int token = lane / 4 - t.token;
-    const float *values = hidden_at(at.member, at.slot) + token * c.rank_pieces * panel_ranks;
-    if (unsigned(token) >= unsigned(t.n_tokens)) values = nullptr;
-#pragma unroll 1
-    for (int piece = 0; piece < t.pieces; piece++) {
-      step_words<kind> words;
-      uint32_t a[4], upper[2], lower[2];
-      words.load(room + piece * step_bytes + lane * step_words<kind>::bytes);
-      words.operand(a);
-      load_operand(values ? values + piece * panel_ranks : nullptr, scales_of(room) + piece * panel_ranks, upper, lower);
-      multiply_add(sums, a, upper[0], upper[1]);
-      multiply_add(sums, a, lower[0], lower[1]);
+  // The tiles of a warp, and where in shared memory is what belongs to the first slot: its term and the lane's hidden
+  // values, of a tile's member; and the lane's words of the first entry.
+  struct tile_walk {
+    int tile, member, member_end;
+    uint32_t term, values, words, changes;
+    bool streams;  // there are more entries than the ring has
+  };
+  __device__ tile_walk my_tiles(int of_all) const {
+    int member = member_from(0, of_all);
+    return {of_all, member, kept(end_of(member)), kept(shared_address(terms() + member * c.n_slots)),
+            kept(shared_address(hidden(row_of(member, 0))) + lane % 4 * 8),
+            kept(shared_address(room_of(0, of_all)) + lane * step_words<kind>::bytes),
+            kept(shared_address(changes_of(shared, c, tiles, tokens).delta) +
+                 ((of_all * tokens + lane % 4 * 2) * tile_rows + lane / 4 * 2) * int(sizeof(float))),
+            bool(kept(int(of_all + c.plan.u_tiles * warps_beside < tiles)))};
+  }
+  __device__ void find_member(tile_walk &at) const {
+    while (at.tile >= at.member_end && at.member + 1 < c.n_members) {
+      at.member_end = end_of(++at.member);
+      at.term += c.n_slots * sizeof(beside_term), at.values += c.n_slots * rows_of_slot() * panel_ranks * sizeof(float);
     }
   }
 
-  // A token of another slot is left as it is, whatever comes of zeros times this slot's U.
-  __device__ void expand_entry(const entry &at, tile_changes &tile) const {
-    const beside_term &t = term_of(at);
-    uint8_t *room = room_of(at, warp);
+  // What a slot adds: a term's sums for lane 4g + t's outputs. A token of another slot is left as it is, whatever comes of
+  // zeros times this slot's U.
+  __device__ void expand_entry(uint32_t term, uint32_t values, uint32_t words_at, tile_changes &tile) const {
+    uint4 shape = load_vector(term + offsetof(beside_term, pieces));
+    int token = shape.z, n_tokens = shape.w;
+    uint32_t row = lane / 4 - token, scales = words_at - lane * step_words<kind>::bytes + scales_place() + lane % 4 * 8;
     float sums[4] = {};
-    multiply_entry(at, t, room, sums);
-    const float2 *vectors = reinterpret_cast<const float2 *>(vectors_of(room)) + lane / 4;
-    float2 e = {1, 1}, gain = {1, 1};
-    if (c.vectors && t.e) e = vectors[0];
-    if (c.vectors && t.g_out) gain = vectors[tile_rows / 2];
+#pragma unroll 1
+    for (int piece = 0; piece < int(shape.x); piece++) {
+      step_words<kind> words;
+      uint32_t a[4], upper[2], lower[2];
+      words.load(words_at + piece * step_bytes);
+      words.operand(a);
+      load_operand(row < n_tokens, values + (row * c.rank_pieces + piece) * 64, scales + piece * 64, upper, lower);
+      multiply_add(sums, a, upper[0], upper[1]);
+      multiply_add(sums, a, lower[0], lower[1]);
+    }
+    if (c.vectors) return add_with_vectors(term, words_at, token, n_tokens, sums, tile);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      if (unsigned(lane % 4 * 2 + i - t.token) >= unsigned(t.n_tokens)) continue;
+      if (unsigned(lane % 4 * 2 + i - token) >= unsigned(n_tokens)) continue;
+      tile.delta[i].x += sums[i], tile.delta[i].y += sums[2 + i];
+    }
+  }
+  __device__ void add_with_vectors(uint32_t term, uint32_t words_at, int token, int n_tokens, const float sums[4],
+                                   tile_changes &tile) const {
+    uint32_t vectors = words_at - lane * step_words<kind>::bytes + vectors_place() + lane / 4 * 8;
+    float2 e = {1, 1}, gain = {1, 1};
+    uint2 has_e = load_two(term + offsetof(beside_term, e)), has_gain = load_two(term + offsetof(beside_term, g_out));
+    if (has_e.x | has_e.y) e = load_float2(vectors);
+    if (has_gain.x | has_gain.y) gain = load_float2(vectors + tile_rows * sizeof(float));
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      if (unsigned(lane % 4 * 2 + i - token) >= unsigned(n_tokens)) continue;
       float2 &delta = tile.delta[i];
       delta = {gain.x * (delta.x + e.x * sums[i]), gain.y * (delta.y + e.y * sums[2 + i])};
       tile.gain[i] = {gain.x * tile.gain[i].x, gain.y * tile.gain[i].y};
     }
   }
 
-  __device__ void leave_changes(int tile, const tile_changes &values) const {
-    changes at = changes_of(shared, c, tiles, tokens);
+  __device__ void leave_changes(uint32_t to, const tile_changes &values) const {
+    int gains = tiles * tokens * tile_rows * int(sizeof(float));
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-      int token = lane % 4 * 2 + i, item = (tile * tokens + token) * tile_rows + lane / 4 * 2;
-      if (token >= tokens) continue;
-      *reinterpret_cast<float2 *>(at.delta + item) = values.delta[i];
-      if (c.vectors) *reinterpret_cast<float2 *>(at.gain + item) = values.gain[i];
+    for (int i = 0; i < 2; i++, to += tile_rows * sizeof(float)) {
+      if (lane % 4 * 2 + i >= tokens) continue;
+      store_float2(to, values.delta[i]);
+      if (c.vectors) store_float2(to + gains, values.gain[i]);
     }
   }
 
-  // The adapters of a stack one after the other. Where an entry was comes the one that is a ring further.
-  __device__ void expand() const {
+  // Where an entry was comes the one that is a ring further, if there are so many.
+  __device__ void fetch_later(entry &later) const {
+    __syncwarp();
+    if (later.tile < tiles) {
+      fetch(rows_of(later.member, later.slot), later.tile, room_of(later.place, warp));
+      step(later, warps);
+    }
+    commit_copies();
+  }
+
+  // The adapters of a stack one after the other.
+  __device__ void expand(tile_walk at) const {
     constexpr int depth = 8;
-    entry at = entry_from(warp, 0), later = entry_from(warp + c.plan.u_tiles * warps, c.plan.u_slots);
+    int place = 0, size = ring();
+    uint32_t words = at.words;
+    entry later = {warp + c.plan.u_tiles * warps, c.plan.u_slots, 0, 0};
+    if (at.streams) later.member = member_from(0, later.tile);
 #pragma unroll 1
-    while (at.tile < tiles) {
+    for (; at.tile < tiles; at.tile += warps, at.changes += warps * tokens * tile_rows * sizeof(float)) {
+      find_member(at);
       tile_changes values = {{}, {{1, 1}, {1, 1}}};
-      int tile = at.tile;
 #pragma unroll 1
-      do {
-        if (ring() < depth) wait_for_copies<0>();
-        else wait_for_copies<depth - 1>();
+      for (int slot = 0; slot < c.n_slots; slot++) {
+        if (at.streams) size < depth ? wait_for_copies<0>() : wait_for_copies<depth - 1>();
         __syncwarp();
-        expand_entry(at, values);
-        __syncwarp();
-        if (later.tile < tiles) {
-          fetch(later, warp);
-          step(later, warps);
-        }
-        commit_copies();
-        step(at, warps);
-      } while (at.tile == tile);
-      leave_changes(tile, values);
+        expand_entry(at.term + slot * sizeof(beside_term), at.values + slot * rows_of_slot() * 64, words, values);
+        words += c.entry_bytes;
+        if (++place == size) place = 0, words = at.words;
+        if (at.streams) fetch_later(later);
+      }
+      leave_changes(at.changes, values);
     }
   }
 
   __device__ void run_v(uint32_t launch) const {
     unit first;
-    bool there = find_unit(first_unit(), first);
+    bool there = block() < blocks() && find_unit(block() + warp * blocks(), first);
     if (there) prefetch_v(first);
     commit_copies();
     wait_for_kernel_before();
@@ -453,28 +477,39 @@ struct beside_warps {
     shrink(first, there, launch);
   }
 
-  // First the warps of U and those of V, then all together. The other warps wait for changes_barrier.
+  // First the warps of U and those of V, which wait for what those of U have fetched; then all together. The other warps wait
+  // for changes_barrier.
   __device__ void run() {
-    int all = c.u_warps + c.v_warps, of_all = warp;
+    constexpr int threads = warps_beside * warp_size;
+    int of_all = warp;
     uint32_t launch = *c.step * most_launches_beside + c.launch;
-    if (warp < c.u_warps) {
-      warps = c.u_warps;
+    row_walk rows;
+    tile_walk mine;
+    if (warp < u_warps) {
+      warps = u_warps;
       fetch_terms();
-      prefetch_u(all);
+      rows = my_rows(of_all), mine = my_tiles(of_all);
+      wait_for_copies<0>();
+      sync_threads(terms_barrier, u_warps * warp_size);
+      prefetch_u();
       commit_copies();
+      put_factors();
       wait_for_kernel_before();
       wait_for_copies<0>();
+      sync_threads(terms_barrier, u_warps * warp_size);
+      arrive_threads(beside_barrier, threads);
     } else {
-      warp -= c.u_warps, warps = c.v_warps;
+      warp -= u_warps, warps = v_warps;
       run_v(launch);
+      sync_threads(beside_barrier, threads);
+      rows = my_rows(of_all), mine = my_tiles(of_all);
     }
-    warp = of_all, warps = all;
-    sync_threads(beside_barrier, all * warp_size);
-    gather(launch);
-    sync_threads(beside_barrier, all * warp_size);
-    expand();
+    warp = of_all, warps = warps_beside;
+    gather(rows, launch);
+    sync_threads(hidden_barrier, threads);
+    expand(mine);
     __syncwarp();
-    arrive_threads(changes_barrier, blockDim.x);
+    arrive_threads(changes_barrier, multipliers * warp_size + threads);
   }
 };
 

@@ -8,7 +8,7 @@ namespace {
 constexpr int norm_threads = 1024, most_cached = 8;  // values of a thread that stay in registers
 template <int n>
 constexpr int most_registers = n == 4 ? 40 : 64;  // 40 leave room for a block of shrink_lone to start meanwhile
-constexpr int threads = 256;
+constexpr int threads = 128;  // so few that a block finds room beside a product's with adapters
 
 __device__ float block_sum(float v) {
   __shared__ float parts[warp_size];

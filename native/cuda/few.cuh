@@ -8,10 +8,13 @@ namespace adaptrt {
 
 constexpr int most_warps = 16;  // that multiply
 
-// Of a thread, and how many warps a block has then, a quarter of them on each scheduler: more than those that multiply
-// where adapters are worked out beside them.
-constexpr int registers_of(int products, bool adapted) { return adapted ? 96 : products == 1 ? 104 : 128; }
-constexpr int warps_of(int products, bool adapted) { return 16384 / 32 / registers_of(products, adapted) * 4; }
+// Registers of a thread. Where adapters are worked out by more warps beside those that multiply, all warps start with as
+// many, and those beside give some of theirs to the others, as groups of four warps can.
+__host__ __device__ constexpr int registers_of(int products) { return products == 1 ? 104 : 128; }
+constexpr int registers_beside = 64;
+constexpr int registers_at_start =
+    (most_warps * registers_of(1) + warps_beside * registers_beside) / (most_warps + warps_beside);
+static_assert(registers_at_start == 96, "what there is, in eights");
 
 constexpr int product_sums = tile_rows * 8;  // of a tile and 8 tokens
 constexpr int long_tokens = 128 * 1024;  // bytes of all: so many a block fetches faster than a cluster adds its sums

@@ -14,71 +14,11 @@
 // who waits for one waits for all that are on their way. So where there are registers for two chunks, one is asked for as a
 // whole when the one before has come.
 #include "beside_warps.cuh"
-#include "few.cuh"
+#include "few_join.cuh"
 #include "hopper.cuh"
 
 namespace adaptrt {
 namespace {
-
-struct few_arguments {
-  packed_matrix w;
-  const __nv_bfloat16 *x;
-  int64_t x_stride;
-  int tokens;
-  product_output out;
-  nf4_values codebook;
-  few_division divided;
-  int warps;  // that multiply; more are beside them
-  shared_plan plan;
-  beside_call beside;
-};
-
-// ---- the division of work ----
-
-// A block's tiles and spans, and this warp's place among the block's.
-struct division {
-  int part, first_tile, tiles, rounds, first_span, spans, column, team;
-
-  __device__ division(const few_division &d, int all_spans) {
-    int group = blockIdx.y;
-    part = blockIdx.x;
-    first_tile = d.group_tiles * group + min(group, d.one_more);
-    tiles = d.group_tiles + (group < d.one_more);
-    rounds = d.rounds - ((d.rounds - 1) * d.teams >= tiles);
-    first_span = d.spans * part;
-    spans = min(d.spans, all_spans - first_span);
-    team = d.teams == 1 ? 0 : threadIdx.x / 32 / unsigned(d.columns);
-    column = threadIdx.x / 32 - team * d.columns;
-  }
-};
-
-// Where a warp is: round after round, pass for pass, until sums are joined; then on from there.
-struct place {
-  int first, end;   // the rounds whose sums are joined together
-  int round, pass;
-  int own_end;      // of the rounds that have a chunk for this warp: teams' tiles and passes' spans may not come out even
-
-  __device__ place(const few_division &d, const division &by) : first(0), round(0), pass(0) { begin(d, by); }
-  __device__ void begin(const few_division &d, const division &by) {
-    end = min(first + d.rounds_at_once, by.rounds);
-    own_end = span(d, by) >= by.spans ? 0 : end * d.teams + by.team - d.teams < by.tiles ? end : end - 1;
-  }
-  // True where it does not go on with the next round of the same pass.
-  __device__ bool step(const few_division &d, const division &by) {
-    if (++round < end) return false;
-    if (++pass == d.passes) pass = 0, first = round;
-    round = first;
-    begin(d, by);
-    return true;
-  }
-  __device__ bool ended(const division &by) const { return first >= by.rounds; }
-  __device__ bool has_chunk() const { return round < own_end; }
-  __device__ int span(const few_division &d, const division &by) const { return pass * d.columns + by.column; }
-};
-
-__device__ uint8_t *own_memory(uint8_t *shared, const few_arguments &args, int team, int column) {
-  return shared + args.plan.warps + (team * args.divided.columns + column) * args.plan.warp_bytes;
-}
 
 // ---- tokens: in the warp's shared memory, then in registers ----
 // Each pass has its columns; for each of their blocks and token 128 bytes, eight pieces of eight columns, which take turns
@@ -222,117 +162,27 @@ __device__ void multiply_block(float sums[products][4], const weight_chunk<kind,
   }
 }
 
-// ---- sums: register i of product p of lane 4g + t is of row g + 8 (i / 2) and token 8 p + 2t + i % 2 ----
+// ---- a warp's run over the tiles ----
 
-// In shared memory, for each product 16 rows of 8 tokens, whose pairs take turns: neither writers of pairs nor readers of
-// rows meet in a bank.
-__device__ int sum_place(int row, int token) {
-  return token / 8 * product_sums + row * 8 + ((token / 2 ^ row / 4) & 3) * 2 + token % 2;
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+constexpr bool moves_registers = true;
+template <int registers, bool more>
+__device__ void set_registers() {
+  if constexpr (more)
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
+  else
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
 }
-
-template <int products>
-__device__ void leave_sums(float *to, float sums[products][4], bool add) {
-  int lane = threadIdx.x % 32;
-  float2 *place[2 * products];
-#pragma unroll
-  for (int i = 0; i < 2 * products; i++)
-    place[i] = reinterpret_cast<float2 *>(to + sum_place(lane / 4 + i % 2 * 8, i / 2 * 8 + lane % 4 * 2));
-  if (add) {
-#pragma unroll
-    for (int i = 0; i < 2 * products; i++) {
-      sums[i / 2][i % 2 * 2] += place[i]->x;
-      sums[i / 2][i % 2 * 2 + 1] += place[i]->y;
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < 2 * products; i++) *place[i] = make_float2(sums[i / 2][i % 2 * 2], sums[i / 2][i % 2 * 2 + 1]);
-}
-
-// Sums of a cluster's parts: each block adds up those of every so manieth item, which all blocks send to it.
-struct cluster_sums {
-  uint64_t *barrier;
-  float *inbox;  // [part, item]
-  int parts, part, items;
-
-  __device__ cluster_sums(uint8_t *shared, const few_arguments &args, const division &by)
-      : barrier(reinterpret_cast<uint64_t *>(shared + args.plan.inbox)), inbox(reinterpret_cast<float *>(barrier + 1)),
-        parts(args.divided.parts), part(by.part), items(by.tiles * args.tokens * tile_rows / parts) {}
-#if __CUDA_ARCH__ >= 900
-  __device__ void begin() {
-    if (threadIdx.x == 0) {
-      init_barrier(barrier, 1);
-      publish_barriers();
-      expect_bytes(barrier, items * parts * sizeof(float));
-    }
-    arrive_at_cluster();
-  }
-  __device__ void send(int item, float sum) {
-    send_to_cluster(inbox + part * items + item / parts, sum, barrier, item % parts);
-  }
-  __device__ float sum_of(int item) {  // of mine
-    float sum = 0;
-    for (int i = 0; i < parts; i++) sum += inbox[i * items + item / parts];
-    return sum;
-  }
+#else
+constexpr bool moves_registers = false;
+template <int registers, bool more>
+__device__ void set_registers() {}
 #endif
-};
-
-// The result for an item of [tokens, 16] of the block's tile number `tile`.
-template <bool adapted>
-__device__ void put_result(uint8_t *shared, const few_arguments &args, const division &by, int tile, int item, float sum) {
-  int64_t row = int64_t(by.first_tile + tile) * tile_rows + item % tile_rows;
-  if constexpr (adapted) {
-    changes at = changes_of(shared, args.beside, by.tiles, args.tokens);
-    at.step(tile * args.tokens * tile_rows + item);
-    sum = *at.delta + (args.beside.vectors ? *at.gain * sum : sum);
-  }
-  if (row < args.w.rows) store_result(args.out, item / tile_rows, row, sum);
-}
-
-// The block's sum for an item: the result, or the block's part of it.
-template <bool adapted>
-__device__ void put_sum(uint8_t *shared, const few_arguments &args, const division &by, int tile, int item, float sum) {
-#if __CUDA_ARCH__ >= 900
-  if (args.divided.parts > 1) {
-    cluster_sums(shared, args, by).send(tile * args.tokens * tile_rows + item, sum);
-    return;
-  }
-#endif
-  put_result<adapted>(shared, args, by, tile, item, sum);
-}
-
-// The warps' sums of the rounds from `first` to `end`.
-template <int products, bool adapted>
-__device__ void join_warps(uint8_t *shared, const few_arguments &args, const division &by, int first, int end, float unit) {
-  int n = args.tokens * tile_rows, teams = args.divided.teams, first_tile = first * teams;
-  int count = (min(end * teams, by.tiles) - first_tile) * n, stride = args.plan.warp_bytes / int(sizeof(float));
-  for (int i = threadIdx.x; i < count; i += args.warps * 32) {
-    int tile = i / n, item = i - tile * n, round = teams == 1 ? tile : tile / teams;
-    const float *from = reinterpret_cast<float *>(own_memory(shared, args, tile - round * teams, 0) + args.plan.sums) +
-                        round * products * product_sums + sum_place(item % tile_rows, item / tile_rows);
-    float sum = 0;
-#pragma unroll 8
-    for (int column = 0; column < args.divided.columns; column++) sum += from[column * stride];
-    put_sum<adapted>(shared, args, by, first_tile + tile, item, sum * unit);
-  }
-}
-
-// The block's share of the cluster's results.
-template <bool adapted>
-__device__ void join_blocks(uint8_t *shared, const few_arguments &args, const division &by) {
-#if __CUDA_ARCH__ >= 900
-  cluster_sums sums(shared, args, by);
-  int n = args.tokens * tile_rows;
-  wait_barrier(sums.barrier, 0);
-  for (int i = threadIdx.x * sums.parts + by.part; i < by.tiles * n; i += args.warps * 32 * sums.parts)
-    put_result<adapted>(shared, args, by, i / n, i % n, sums.sum_of(i));
-#endif
-}
 
 // A warp on its way.
 template <weight_kind kind, int span, int products, bool adapted>
 struct warp_run {
-  static constexpr bool ahead = kind == weight_kind::nf4 && products == 1 && !adapted;
+  static constexpr bool ahead = kind == weight_kind::nf4 && products == 1 && (!adapted || moves_registers);
   const few_arguments &args;
   const division &by;
   uint8_t *own;
@@ -403,7 +253,6 @@ __device__ void multiply(const few_arguments &args, uint8_t *shared, const divis
 #if __CUDA_ARCH__ >= 900
     if (args.divided.parts > 1 && first == 0) wait_at_cluster();
 #endif
-    if (adapted && first == 0) sync_threads(changes_barrier, blockDim.x);
     join_warps<products, adapted>(shared, args, by, first, run.at.first, unit);
     if (!run.at.ended(by)) sync_multipliers<adapted>(args);
   }
@@ -412,14 +261,16 @@ __device__ void multiply(const few_arguments &args, uint8_t *shared, const divis
 
 // What the warps do that do not multiply. Barriers of the cluster count them, too.
 __device__ void adapt(const few_arguments &args, uint8_t *shared, const division &by) {
+  let_next_kernel_start();  // which it can when all warps have said so
 #if __CUDA_ARCH__ >= 900
   if (args.divided.parts > 1) arrive_at_cluster();
 #endif
   auto run = [&](auto kind) {
     int columns = int((args.w.cols + block_cols - 1) / block_cols);
-    beside_warps<decltype(kind)::value>{args.beside,   args.x,        args.x_stride, int(args.w.rows),
-                                        columns,       args.tokens,   by.first_tile, by.tiles,
-                                        int(threadIdx.x / 32) - args.warps,      0,  int(threadIdx.x % 32), shared}.run();
+    int warp = int(threadIdx.x / 32) - most_warps, lane = int(threadIdx.x % 32);
+    beside_warps<decltype(kind)::value>{args.beside, args.x,        args.x_stride, int(args.w.rows), columns,
+                                        args.tokens, by.first_tile, by.tiles,      warp,             0,
+                                        lane,        args.warps,    shared}.run();
   };
   switch (args.beside.kind) {
     case weight_kind::nf4: run(std::integral_constant<weight_kind, weight_kind::nf4>()); break;
@@ -431,14 +282,22 @@ __device__ void adapt(const few_arguments &args, uint8_t *shared, const division
 #endif
 }
 
+// Warps that have nothing to do are there for their registers.
 template <weight_kind kind, int products, bool adapted>
-__global__ void __maxnreg__(registers_of(products, adapted)) product_few(const __grid_constant__ few_arguments args) {
+__global__ void __maxnreg__(adapted ? registers_at_start : registers_of(products))
+    product_few(const __grid_constant__ few_arguments args) {
   extern __shared__ __align__(1024) uint8_t shared[];
-  division by(args.divided, args.divided.tile_blocks / span_of(kind, products));
-  if (!adapted || int(threadIdx.x) < args.warps * 32)
-    multiply<kind, products, adapted>(args, shared, by);
-  else
-    adapt(args, shared, by);
+  auto divided = [&] { return division(args.divided, args.divided.tile_blocks / span_of(kind, products)); };
+  int warp = threadIdx.x / 32;
+  if (!adapted) {
+    multiply<kind, products, adapted>(args, shared, divided());
+  } else if (warp < most_warps) {
+    set_registers<registers_of(products), true>();
+    if (warp < args.warps) multiply<kind, products, adapted>(args, shared, divided());
+  } else {
+    set_registers<registers_beside, false>();
+    adapt(args, shared, divided());
+  }
 }
 
 // ---- launching ----
@@ -448,11 +307,11 @@ cudaError_t launch_products(const product_call &call) {
   few_plan plan = plan_few(*call.context, call.w, call.tokens, call.beside);
   const few_division &d = plan.divided;
   few_arguments args = {call.w,   call.x, call.x_stride, call.tokens, call.out, call.context->codebook,
-                        d, d.columns * d.teams, plan.shared};
+                        d, d.columns * d.teams, plan.shared, divider_by(call.tokens), divider_by(d.teams)};
   int warps = args.warps, bytes = plan.shared.bytes;
   if (adapted) {
     args.beside = *call.beside;
-    warps += args.beside.v_warps + args.beside.u_warps;
+    warps = most_warps + warps_beside;
     bytes = args.beside.plan.bytes;
   }
   return launch_in_clusters(call, unsigned(d.parts), product_few<kind, products, adapted>,
@@ -500,13 +359,11 @@ int few_tokens_at_once(const product_context &context, const packed_matrix &w) {
 bool plan_few_beside(const product_context &context, const packed_matrix &w, int tokens, beside_call &call) {
   if (tokens > most_tokens_beside) return false;
   few_division alone = plan_few(context, w, tokens).divided;
-  int columns = int(ceil_div(w.cols, block_cols)), most = warps_of(1, true);
-  int spare = most - alone.columns * alone.teams;
-  if (alone.groups == 0 || !divide_beside(call, columns, alone.parts * alone.groups, spare)) return false;
+  int columns = int(ceil_div(w.cols, block_cols));
+  if (alone.groups == 0 || !divide_beside(call, columns, alone.parts * alone.groups)) return false;
   few_plan plan = plan_few(context, w, tokens, &call);
   const few_division &d = plan.divided;
   if (d.groups != alone.groups || d.parts != alone.parts) return false;
-  if (d.columns * d.teams + call.u_warps + call.v_warps > most) return false;
   plan_room_beside(call, int(ceil_div(w.row_tiles, d.groups)), tokens, columns, plan.shared.bytes, context.shared_bytes);
   return true;
 }
