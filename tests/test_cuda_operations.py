@@ -42,7 +42,7 @@ def test_linear(dtype: str, cols: int) -> None:
 @needs_gpu
 @pytest.mark.parametrize("dtype", ["int8", "nf4"])
 def test_linear_of_many_tokens(dtype: str) -> None:
-    for rows, cols, n_tokens in ((272, 512, 300), (128, 320, 2100), (1024, 1024, 512)):
+    for rows, cols, n_tokens in ((272, 512, 300), (128, 320, 4100), (1024, 1024, 512)):
         compare(linear_model(rows, cols, dtype), n_tokens, page_tokens=64)
 
 
@@ -54,7 +54,7 @@ PRODUCTS = [  # of an 8B model, and of sizes that fill no tile
     (131, 28672, "nf4"),
     (34001, 256, "nf4"),  # more rows than all warps take at once
 ]
-TOKENS = (1, 2, 3, 4, 7, 8, 9, 12, 16, 17, 32, 33, 64, 65, 112, 113, 128, 200, 300, 512, 1100, 2048)
+TOKENS = (1, 2, 3, 4, 7, 8, 9, 12, 16, 17, 32, 33, 64, 65, 112, 113, 128, 200, 300, 400, 512, 1100, 2048)
 
 
 @needs_gpu

@@ -61,7 +61,7 @@ void product_destroy(product_context *context) {
 enum class way { few, some, many, dense };
 
 static way choose(const product_context &context, const packed_matrix &w, int tokens) {
-  int dense_from = context.hopper ? 1024 : 64, at_once = few_tokens_at_once(context, w);
+  int dense_from = !context.hopper ? 64 : w.kind == weight_kind::nf4 ? 4096 : 1024, at_once = few_tokens_at_once(context, w);
   if (at_once == 0 && !context.hopper) dense_from = 1;  // rows too long for the shared memory of a small GPU
   if (tokens >= dense_from && can_multiply_dense(context, w)) return way::dense;
   bool much = w.kind == weight_kind::nf4 && w.row_tiles * w.col_blocks >= int64_t(300) * context.multiprocessors;
