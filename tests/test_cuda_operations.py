@@ -53,6 +53,8 @@ PRODUCTS = [  # of an 8B model, and of sizes that fill no tile
     (131, 28672, "int8"),  # 16 tokens are too long for the shared memory of four blocks of threads
     (131, 28672, "nf4"),
     (34001, 256, "nf4"),  # more rows than all warps take at once
+    (8470, 768, "int8"),  # so many that some are left over where 132 multiprocessors have the same number
+    (8470, 768, "nf4"),
 ]
 TOKENS = (1, 2, 3, 4, 7, 8, 9, 12, 16, 17, 32, 33, 64, 65, 112, 113, 128, 200, 300, 400, 512, 1100, 2048)
 

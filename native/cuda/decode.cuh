@@ -177,6 +177,20 @@ __device__ inline void store_result(const product_output &out, int64_t token, in
   *y = out.accumulate ? *y + v : v;
 }
 
+// Stores sums, times a unit: `for_each` is called once with what takes an element's place and its sum, so that what kind of
+// output it is is not asked for each of them.
+template <typename callable>
+__device__ void store_sums(const product_output &out, float unit, const callable &for_each) {
+  float *y = static_cast<float *>(out.y);
+  __nv_bfloat16 *rounded = static_cast<__nv_bfloat16 *>(out.y);
+  if (out.bf16)
+    for_each([&](int64_t i, float sum) { rounded[i] = __float2bfloat16(sum * unit); });
+  else if (out.accumulate)
+    for_each([&](int64_t i, float sum) { y[i] += sum * unit; });
+  else
+    for_each([&](int64_t i, float sum) { y[i] = sum * unit; });
+}
+
 // ---- kernels that overlap ----
 
 // Everything before this may run while the kernel before still does; nothing of what that kernel writes is read or
