@@ -18,13 +18,14 @@ from helpers.tiny import convert_model
 
 from adaptrt.adapters.base import open_base
 from adaptrt.adapters.normal import Kronecker, Lowered, LoweredAdapter, LowRank, Sparse
-from adaptrt.backends.base import LoadOptions, Peaks
+from adaptrt.backends.base import LoadOptions, Peaks, Reads
 from adaptrt.backends.cpu import CpuBackend
+from adaptrt.bench.adapter_cost import adapter_cost, predicted_seconds
 from adaptrt.bench.added import Added
 from adaptrt.bench.crowd import crowds
 from adaptrt.bench.peers.gguf import write_gguf
 from adaptrt.bench.products import Product, layers, product_works, products
-from adaptrt.bench.report import geometric_means, product_rows, rows
+from adaptrt.bench.report import cost_rows, geometric_means, product_rows
 from adaptrt.bench.shapes import SHAPES, random_adapters, random_factor, random_tensor
 from adaptrt.bench.subject import Cost
 from adaptrt.bench.work import Work, measure
@@ -55,12 +56,20 @@ def test_rows_of_a_model_with_random_adapters(files: tuple[Path, Path]) -> None:
     assert all(row["tokens_per_second"] > 0 for row in report["rows"])
     assert report["rows"][0]["time_over_base"] == [1, 1, 1]
     assert report["bandwidth"] > 1e8 and report["peak_memory_bytes"] > 1e6 and not report["crowd"]
+    turns = {row["name"]: row["turns"] for row in report["costs"]}
+    assert turns == {
+        "decode 1 stream, 1 adapter": 16,
+        "decode 1 stream, 4 stacked": 4,
+        "decode 8 streams, 8 adapters": 4,
+    }
 
 
 def test_adapters_can_be_named_and_the_table_is_text(files: tuple[Path, Path]) -> None:
     outcome = adaptrt_cli("bench", files[0], "-a", f"{files[1]}:0.5", "--rounds", 1, "--steps", 1)
     assert outcome.code == 0, outcome.err
-    assert "decode 1 stream, 1 adapter" in outcome.out and "stacked" not in outcome.out
+    assert "stacked" not in outcome.out
+    costs = r"decode 1 stream, 1 adapter +4 +[+-][\d.]+% +[+-][\d.]+%   ([+-][\d.]+ ?){3}$"
+    assert re.search(costs, outcome.out, re.MULTILINE)
 
 
 def test_streams_with_adapters_of_their_own_are_a_table_of_their_own(files: tuple[Path, Path]) -> None:
@@ -115,8 +124,9 @@ def test_product_rows_compare_and_average() -> None:
 def test_random_adapters_of_other_variants_fit(files: tuple[Path, Path], variant: str) -> None:
     outcome = adaptrt_cli("bench", files[0], "--variant", variant, "--rounds", 1, "--steps", 1)
     assert outcome.code == 0 and "decode 8 streams, 8 adapters" in outcome.out
-    stacked = next(line for line in outcome.out.splitlines() if "4 stacked" in line)
-    assert re.search(r"   \d+\.\d\d \d+\.\d\d \d+\.\d\d, \d+\.\d\d$", stacked)
+    stacked = [line for line in outcome.out.splitlines() if "4 stacked" in line]
+    assert re.search(r"   \d+\.\d\d \d+\.\d\d \d+\.\d\d$", stacked[0])
+    assert re.search(r" 1 +[+-][\d.]+% +[+-][\d.]+%   ([+-][\d.]+ ?){3}$", stacked[1])
 
 
 @pytest.mark.parametrize(
@@ -195,20 +205,40 @@ def test_what_adapters_add(files: tuple[Path, Path]) -> None:
 
 
 def test_a_prediction_adds_what_each_part_takes() -> None:
-    alone = Work("alone", 1, float, 100, 50, rounds=[[2.0]])  # reads 50 a second
-    own = Work("own", 1, float, 300, 55, rounds=[[9.0]], without=alone)
-    shared = replace(own, name="shared", floor_bytes=340, shared_bytes=40)
-    heavy = replace(own, name="heavy", operations=80)
-    peaks = Peaks(10.0, 5.0, shared_seconds=6.0)
-    assert own.predicted_seconds(peaks) == 2 + 200 / 50
-    assert shared.predicted_seconds(peaks) == 2 + 6 + 200 / 50
-    assert shared.predicted_seconds(Peaks(10.0)) == 2 + 40 / 10 + 200 / 50
-    assert heavy.predicted_seconds(peaks) == 2 + 30 / 5
-    many = replace(own, without=replace(alone, tokens=2))
-    assert many.predicted_seconds(peaks) == 2 + 200 / 10
-    assert alone.predicted_seconds(peaks) is None and own.predicted_seconds(Peaks()) is None
-    table = rows([alone, own], peaks)
-    assert [row["predicted_over_base"] for row in table] == [None, 3.0]
+    alone = Work("alone", 1, float, 100, 50)
+    own = Work("own", 1, float, 300, 55, without=alone)
+    shared = replace(own, floor_bytes=340, shared_bytes=40)
+    heavy = replace(own, operations=800)
+    peaks, probed = Peaks(10.0, 5.0), Reads(20.0, 6.0)
+    assert predicted_seconds(own, peaks, probed) == 200 / 20  # nothing of it is shared
+    assert predicted_seconds(own, peaks, Reads()) == 200 / 10
+    assert predicted_seconds(shared, peaks, probed) == 6 + 200 / 20
+    assert predicted_seconds(shared, peaks, Reads()) == 40 / 10 + 200 / 10
+    assert predicted_seconds(heavy, peaks, probed) == 750 / 5
+    assert predicted_seconds(heavy, Peaks(10.0), probed) == 200 / 20
+    assert predicted_seconds(own, Peaks(), probed) == 200 / 20
+    assert predicted_seconds(own, Peaks(), Reads()) is None
+    assert predicted_seconds(alone, peaks, probed) is None
+
+
+def test_costs_are_compared_turn_by_turn() -> None:
+    """The machine is half as fast in every other turn, for steps and reads alike."""
+    alone = Work("alone", 1, float, 100, rounds=[[1.0, 2.0], [1.0, 2.0, 7.0]])
+    reads = [[Reads(100.0), Reads(50.0)], [Reads(100.0), Reads(40.0)]]
+    work = Work("with", 1, float, 150, rounds=[[1.5, 3.0], [1.75, 3.5]], without=alone, reads=reads)
+    cost = adapter_cost(work, Peaks())
+    assert cost is not None and cost.turns == 4  # the fifth the base took alone
+    assert cost.measured == (0.5, 0.625, 0.75)
+    assert cost.predicted == pytest.approx((0.5, 0.5, 0.53125))
+    assert cost.excess == pytest.approx((0.0, 0.0625, 0.15625))
+    assert (
+        adapter_cost(alone, Peaks(1.0)) is None
+        and adapter_cost(replace(work, reads=[[Reads()] * 2] * 2), Peaks()) is None
+    )
+    (row,) = cost_rows([alone, work], Peaks())
+    assert row["name"] == "with" and row["turns"] == 4 and row["excess"] == cost.excess
+    once = replace(work, rounds=[[1.5]], without=replace(alone, rounds=[[1.0]]), reads=[[Reads(100.0)]])
+    assert cost_rows([once], Peaks())[0]["excess"] == (0.0, 0.0, 0.0)
 
 
 def test_rounds_drop_the_first_and_ratios_pair_them() -> None:
@@ -227,21 +257,28 @@ def test_works_take_turns_and_a_round_keeps_all_runs() -> None:
     def work(name: str, runs: int) -> Work:
         return Work(name, 1, lambda: order.append(name) or next(seconds[name]), runs=runs)
 
-    works = [work("a", 3), work("b", 1)]
-    measure(works, 1, lambda _: None)
-    assert order == ["a", "b", "a", "a"] * 2
-    assert [work.rounds for work in works] == [[[3.0, 1.0, 8.0]], [[5.0]]]
-    assert [work.median_seconds for work in works] == [3.0, 5.0]
+    a, b = work("a", 3), work("b", 1)
+    b.probe = lambda: order.append("probe") or Reads(len(order))  # type: ignore[func-returns-value]
+    measure([a, b], 1, lambda _: None)
+    assert order == ["a", "b", "probe", "a", "a"] * 2
+    assert (a.rounds, b.rounds) == ([[3.0, 1.0, 8.0]], [[5.0]])
+    assert (a.reads, b.reads) == ([[Reads()] * 3], [[Reads(8)]])
+    assert (a.median_seconds, b.median_seconds) == (3.0, 5.0)
+
+
+def test_a_steady_work_is_run_once_more_before_each_run() -> None:
+    seconds = iter([9.0, 8.0, 7.0, 6.0, 5.0, 1.0, 4.0, 2.0])
+    work = Work("steady", 1, lambda: next(seconds), runs=2, steady=True)
+    measure([work], 1, lambda _: None)
+    assert work.rounds == [[1.0, 2.0]]
 
 
 def test_a_ratio_compares_turns_where_both_had_as_many() -> None:
     slower = Work("slower", 1, float, rounds=[[2.0, 6.0, 30.0]])  # the machine slowed down after the first
-    base, prompt = (
-        Work("base", 1, float, rounds=[[1.0, 2.0, 10.0]]),
-        Work("prompt", 1, float, rounds=[[12.0]]),
-    )
+    base = Work("base", 1, float, rounds=[[1.0, 2.0, 10.0, 70.0, 80.0]])  # ran more often
+    prompt = Work("prompt", 1, float, rounds=[[12.0]])
     assert slower.ratio_to(base) == (3.0, 3.0, 3.0)
-    assert prompt.ratio_to(base) == (6.0, 6.0, 6.0)
+    assert prompt.ratio_to(base) == (1.2, 1.2, 1.2)
 
 
 def test_random_weights_are_finite_and_small() -> None:

@@ -12,8 +12,9 @@ from helpers.isas import BYTE_ISAS, FLOAT_ISAS, INTEGER_ISAS, ISAS, load_on_cpu
 
 from adaptrt.adapters.fit import AttachPoint
 from adaptrt.adapters.normal import Lowered
-from adaptrt.backends.base import LoadOptions, Peaks
+from adaptrt.backends.base import LoadOptions, Peaks, Reads
 from adaptrt.backends.reference import ReferenceBackend
+from adaptrt.errors import BackendError
 from adaptrt.program import Attention, Gated, Linear, Rope
 from adaptrt.quant.plain import from_float32
 from adaptrt.testing.programs import (
@@ -234,19 +235,27 @@ def test_peaks_are_those_of_the_threads_and_may_be_unknown() -> None:
     calls = executable._calls
     calls.table = calls.ffi.new("adrt_backend *", calls.table[0])
     calls.table.peaks = calls.ffi.NULL
-    assert executable.peaks() == Peaks()
+    calls.table.read_step = calls.ffi.NULL
+    assert executable.peaks() == Peaks() and executable.read_step([]) == Reads()
 
 
 @pytest.mark.parametrize("precision", ["exact", "fast"])
 @pytest.mark.parametrize("rank", [4, 64])
-def test_the_time_to_read_what_targets_share(precision: str, rank: int) -> None:
+def test_the_reads_of_a_step_with_what_targets_share(precision: str, rank: int) -> None:
     executable = load(decoder(), precision=precision)
     shared = low_rank(1, AttachPoint("linear", 128, 128), rank, "bf16", d=True, e=True)
-    handle = executable.attach({"0.q": Lowered((shared,))})
-    assert executable.peaks().shared_seconds == 0
-    executable.detach(handle)
-    executable.attach({name: Lowered((shared,)) for name in ("0.q", "0.o", "1.q")})
-    assert 0 < executable.peaks().shared_seconds < 1
+    one = executable.attach({"0.q": Lowered((shared,))})
+    assert executable.read_step([one]).shared_seconds == 0
+    executable.detach(one)
+    all_three = executable.attach({name: Lowered((shared,)) for name in ("0.q", "0.o", "1.q")})
+    both = [all_three, executable.attach({"0.q": Lowered((shared,))})]
+    for handles in ([all_three], both):
+        reads = executable.read_step(handles)
+        assert 0 < reads.shared_seconds < 1 and reads.bytes_per_second > 1e6
+    assert executable.read_step([]).shared_seconds == 0
+    for wrong in ([one], [-1], [9]):
+        with pytest.raises(BackendError, match=f"no adapter with handle {wrong[0]}"):
+            executable.read_step(wrong)
 
 
 def test_describe_names_kernels_precision_and_threads() -> None:

@@ -59,8 +59,7 @@ class Batch:
 class Peaks:
     """What the hardware does at best, 0 where that is not known; `device_bytes` of its own memory are in use.
 
-    `streamed_bytes` of weights come over the bus in every step. `shared_seconds` of one pass only the reading of what
-    targets of an attached adapter share, in the order of a step.
+    `streamed_bytes` of weights come over the bus in every step.
     """
 
     bytes_per_second: float = 0.0
@@ -68,7 +67,6 @@ class Peaks:
     device_bytes: int = 0
     bus_bytes_per_second: float = 0.0
     streamed_bytes: int = 0
-    shared_seconds: float = 0.0
 
     @property
     def bus_seconds(self) -> float:
@@ -76,10 +74,23 @@ class Peaks:
         return self.streamed_bytes / self.bus_bytes_per_second if self.streamed_bytes else 0.0
 
 
+@dataclass(frozen=True)
+class Reads:
+    """What the reads of a step take at this moment, without its arithmetic; 0 where that is not known.
+
+    `bytes_per_second` are those of the weights; `shared_seconds` it takes to read what targets of an adapter share,
+    each in its place between the weights.
+    """
+
+    bytes_per_second: float = 0.0
+    shared_seconds: float = 0.0
+
+
 class Executable(Protocol):
     """A loaded model. Used by one thread at a time.
 
-    One that knows its hardware has `peaks() -> Peaks`, which `adaptrt bench` compares with.
+    One that knows its hardware has `peaks() -> Peaks`, which `adaptrt bench` compares with, and may have
+    `read_step(handles) -> Reads`, which does the reads of a step with the adapters of these handles.
     One that moves idle adapters out of its device's memory has `prefetch(handles)`: the adapters of these handles will
     be named soon, so they come back while the next step runs.
     """

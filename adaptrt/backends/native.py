@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from adaptrt.adapters.fit import AttachPoint
 from adaptrt.adapters.normal import Int32s, Kronecker, Lowered, LoweredAdapter, Sparse, Term, Vector
-from adaptrt.backends.base import Batch, LoadOptions, Peaks, attach_points
+from adaptrt.backends.base import Batch, LoadOptions, Peaks, Reads, attach_points
 from adaptrt.backends.checks import check_lengths, int32s
 from adaptrt.backends.reuse import ReusedMemory
 from adaptrt.errors import BackendError, ClosedError, NoMemoryError, UnavailableError
@@ -327,6 +327,14 @@ class NativeExecutable:
         out = self._ffi.new("adrt_peaks *")
         self._calls("peaks", self._open(), out)
         return Peaks(**{field.name: getattr(out, field.name) for field in fields(Peaks)})
+
+    def read_step(self, handles: Sequence[int]) -> Reads:
+        """Do the reads of a step with these adapters; nothing where no one can say. Raises BackendError."""
+        if self._calls.table.read_step == self._ffi.NULL:
+            return Reads()
+        structs, out = Structs(self._calls), self._ffi.new("adrt_reads *")
+        self._calls("read_step", self._open(), len(handles), structs.array("int32_t", handles), out)
+        return Reads(out.bytes_per_second, out.shared_seconds)
 
     def close(self) -> None:
         """Free everything; safe to call twice."""

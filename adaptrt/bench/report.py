@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from adaptrt.backends.base import Peaks
+from adaptrt.bench.adapter_cost import adapter_cost
 from adaptrt.bench.work import Work
 
 Row = dict[str, Any]
@@ -24,10 +26,15 @@ def rows(works: Sequence[Work], peaks: Peaks) -> list[Row]:
             "gigaoperations_per_second": work.operations / work.median_seconds / 1e9,
             "percent_of_floor": _percent(work, peaks),
             "time_over_base": work.ratio_to(works[0]),
-            "predicted_over_base": _predicted(work, works[0], peaks),
         }
         for work in works
     ]
+
+
+def cost_rows(works: Sequence[Work], peaks: Peaks) -> list[Row]:
+    """What adapters add to the same work without them, as shares of it; one row for each work with adapters."""
+    found = ((work.name, adapter_cost(work, peaks)) for work in works)
+    return [{"name": name, **asdict(adds)} for name, adds in found if adds]
 
 
 def comparison(theirs: Sequence[Work], ours: Sequence[Work]) -> list[Row]:
@@ -76,11 +83,6 @@ def _percent(work: Work, peaks: Peaks) -> float | None:
     return 100 * floor / work.median_seconds if floor else None
 
 
-def _predicted(work: Work, base: Work, peaks: Peaks) -> float | None:
-    seconds = work.predicted_seconds(peaks)
-    return None if seconds is None else seconds / base.median_seconds
-
-
 def _geometric_mean(values: Sequence[float]) -> float:
     return math.exp(statistics.fmean(math.log(value) for value in values))
 
@@ -112,6 +114,8 @@ def _model_lines(report: Mapping[str, Any]) -> Iterator[str]:
     yield from _table_lines(report["rows"])
     if report["crowd"]:
         yield from _table_lines(report["crowd"])
+    if report["costs"]:
+        yield from _cost_lines(report["costs"])
     for name, compared in report["peers"].items():
         yield f"\n{name:36}{'tokens/s':>9}   ours is faster by (min median max)"
         for row in compared:
@@ -120,15 +124,24 @@ def _model_lines(report: Mapping[str, Any]) -> Iterator[str]:
 
 def _table_lines(table: Sequence[Row]) -> Iterator[str]:
     title = f"\n{'':36}{'tokens/s':>9}{'ms':>9}{'GB/s':>7}{'GOP/s':>8}{'% of floor':>11}"
-    yield f"{title}   time over {table[0]['name']} (min median max, predicted)"
+    yield f"{title}   time over {table[0]['name']} (min median max)"
     for row in table:
         numbers = (
             f"{row['tokens_per_second']:9.1f}{row['milliseconds']:9.2f}{row['gigabytes_per_second']:7.1f}"
             f"{row['gigaoperations_per_second']:8.0f}{_percent_text(row)}"
         )
-        predicted = row["predicted_over_base"]
-        ratios = _ratios(row["time_over_base"]) + (f", {predicted:.2f}" if predicted else "")
-        yield f"{row['name']:36}{numbers}   {ratios}"
+        yield f"{row['name']:36}{numbers}   {_ratios(row['time_over_base'])}"
+
+
+def _cost_lines(table: Sequence[Row]) -> Iterator[str]:
+    title = f"\n{'adapters add to the step without':36}{'turns':>9}{'measured':>10}{'predicted':>11}"
+    yield f"{title}   beyond that, in points (quartiles)"
+    for row in table:
+        adds = "".join(
+            f"{100 * row[name][1]:+{width}.1f}%" for name, width in (("measured", 9), ("predicted", 10))
+        )
+        points = " ".join(f"{100 * share:+.1f}" for share in row["excess"])
+        yield f"{row['name']:36}{row['turns']:9}{adds}   {points}"
 
 
 def _product_lines(table: Sequence[Row], means: Sequence[Row]) -> Iterator[str]:

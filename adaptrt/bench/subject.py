@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from math import prod
 
 import numpy as np
 
-from adaptrt.backends.base import Batch, Executable
+from adaptrt.backends.base import Batch, Executable, Reads
 from adaptrt.bench.added import Added
 from adaptrt.bench.work import Work
 from adaptrt.program import Attention, Linear, Logits, Program
@@ -64,10 +64,12 @@ class Subject:
         context: int = 0,
         added: Added = NOTHING,
         without: Work | None = None,
+        repeats: int = 1,
+        steady: bool = False,
     ) -> Work:
-        """One token for each stack's stream, after `context` others, `steps` times a round.
+        """One token for each stack's stream, after `context` others, `repeats` times for each of `steps` in a round.
 
-        `added` is by the stacks, `without` the same work without them.
+        `added` is by the stacks, `without` the same work without them, which is `steady` as this one then is.
         """
         streams, pages = len(stacks), self._pages(context + steps)
         self.executable.reserve(streams * pages)
@@ -85,10 +87,18 @@ class Subject:
             run,
             n_bytes + added.own_bytes + added.shared_bytes,
             operations,
-            steps,
+            steps * repeats,
             without=without,
             shared_bytes=added.shared_bytes,
+            probe=self._probe(stacks) if without else None,
+            steady=steady or without is not None,
         )
+
+    def _probe(self, stacks: Sequence[Stack]) -> Callable[[], Reads] | None:
+        """Of the reads of a step, where the backend has one."""
+        read_step = getattr(self.executable, "read_step", None)
+        handles = sorted({handle for stack in stacks for handle in stack})
+        return (lambda: read_step(handles)) if read_step else None
 
     def prefill(self, name: str, stack: Stack, n_tokens: int, added: Added = NOTHING) -> Work:
         """A prompt of n_tokens, in steps of 512 as the engine cuts it."""

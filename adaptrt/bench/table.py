@@ -15,6 +15,7 @@ from adaptrt.program import Program
 STREAMS = (1, 2, 4, 8, 16)
 PREFILLS = (128, 512, 2048)
 CROWD_CONTEXT = 1024
+ONE_ADAPTER_REPEATS = 4
 
 
 def prompt_lengths(context_length: int) -> list[int]:
@@ -25,30 +26,48 @@ def prompt_lengths(context_length: int) -> list[int]:
 def model_works(
     subject: Subject, program: Program, adapters: Sequence[LoweredAdapter], steps: int, lengths: Sequence[int]
 ) -> list[Work]:
-    """Streams alone, one with adapters, as many as there are adapters with one each, and prompts."""
+    """Streams alone, one with adapters, as many as there are adapters with one each, and prompts.
+
+    What has adapters follows what it is compared with. One adapter costs less than two steps differ by, so it and one
+    stream alone are run more often.
+    """
     handles = [subject.executable.attach(adapter) for adapter in adapters]
-    alone = {count: subject.decode(_streams(count), [()] * count, steps) for count in STREAMS}
-    works = list(alone.values())
-    for count in sorted({1, min(4, len(handles))}):
-        name = "decode 1 stream, " + ("1 adapter" if count == 1 else f"{count} stacked")
-        added = Added.by(program, [adapters[:count]])
-        works.append(subject.decode(name, [tuple(handles[:count])], steps, added=added, without=alone[1]))
-    if len(handles) > 1:
-        name = f"decode {len(handles)} streams, {len(handles)} adapters"
-        added, without = Added.by(program, [[adapter] for adapter in adapters]), alone.get(len(handles))
-        stacks = [(handle,) for handle in handles]
-        works.append(subject.decode(name, stacks, steps, added=added, without=without))
+    stacks, works = _stacks(len(adapters)), []
+    for streams in sorted({*STREAMS, *stacks}):
+        often = ONE_ADAPTER_REPEATS if streams == 1 else 1
+        alone = subject.decode(
+            _streams(streams), [()] * streams, steps, repeats=often, steady=streams in stacks
+        )
+        works.append(alone)
+        for what, numbers in stacks.get(streams, {}).items():
+            added = Added.by(program, [[adapters[i] for i in stack] for stack in numbers])
+            given = [tuple(handles[i] for i in stack) for stack in numbers]
+            repeats = often if what == "1 adapter" else 1
+            works.append(subject.decode(f"{alone.name}, {what}", given, steps, 0, added, alone, repeats))
     works += [subject.prefill(f"prefill {n}", (), n) for n in lengths]
     added = Added.by(program, [adapters[:1]])
     works.append(subject.prefill(f"prefill {lengths[0]}, 1 adapter", (handles[0],), lengths[0], added))
     return works
 
 
+def _stacks(adapters: int) -> dict[int, dict[str, list[tuple[int, ...]]]]:
+    """By the number of streams and a name: for each stream the numbers of its adapters."""
+    one: dict[str, list[tuple[int, ...]]] = {"1 adapter": [(0,)]}
+    if adapters == 1:
+        return {1: one}
+    stacked = min(4, adapters)
+    each: list[tuple[int, ...]] = [(number,) for number in range(adapters)]
+    return {
+        1: {**one, f"{stacked} stacked": [tuple(range(stacked))]},
+        adapters: {f"{adapters} adapters": each},
+    }
+
+
 def crowd_works(subject: Subject, base: BaseView, streams: int, steps: int) -> list[Work]:
     """Streams in the middle of long texts, without adapters and each with one of its own, of every kind."""
     context = min(CROWD_CONTEXT, base.program.context_length - steps)
     name = f"{_streams(streams)} at {context}"
-    alone = subject.decode(name, [()] * streams, steps, context)
+    alone = subject.decode(name, [()] * streams, steps, context, steady=True)
     works = [alone]
     for kind, adapters in crowds(base.specs, streams):
         stacks = [(subject.executable.attach(adapter),) for adapter in adapters]

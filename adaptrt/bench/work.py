@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from adaptrt.backends.base import Peaks
+from adaptrt.backends.base import Reads
 
 
 @dataclass
@@ -15,7 +15,9 @@ class Work:
 
     `tokens` come out of one run; `floor_bytes` and `operations` are what it must at least read and compute
     (a multiply and an add are two operations). `without` is the same work without its adapters, `shared_bytes` of the
-    bytes those of factors that their targets share.
+    bytes those of factors that their targets share; `probe` then does the reads of a step with them, and `reads`
+    collects what it found after each run. A `steady` work is run once more, uncounted, before each run: what ran before
+    changes a step by several percent.
     """
 
     name: str
@@ -27,6 +29,9 @@ class Work:
     rounds: list[list[float]] = field(default_factory=list)
     without: Work | None = None
     shared_bytes: int = 0
+    probe: Callable[[], Reads] | None = None
+    reads: list[list[Reads]] = field(default_factory=list)
+    steady: bool = False
 
     @property
     def median_seconds(self) -> float:
@@ -43,31 +48,6 @@ class Work:
         compute = self.operations / operations_per_second if operations_per_second else 0.0
         return max(self.floor_bytes / bytes_per_second if bytes_per_second else 0.0, compute)
 
-    def predicted_seconds(self, peaks: Peaks) -> float | None:
-        """The time without adapters, that of reading shared factors, and the slower of own bytes and all operations.
-
-        Shared factors, which every layer reads again, take the time that was probed or, where none could be, that of
-        reading them once. Operations go at the peak. None where there is nothing to predict or the memory's speed is
-        not known.
-        """
-        if self.without is None or not peaks.bytes_per_second:
-            return None
-        own_bytes = self.floor_bytes - self.without.floor_bytes - self.shared_bytes
-        operations = self.operations - self.without.operations
-        compute = operations / peaks.operations_per_second if peaks.operations_per_second else 0.0
-        read = own_bytes / self.without.reading_speed(peaks)
-        shared = peaks.shared_seconds if self.shared_bytes else 0.0
-        shared = shared or self.shared_bytes / peaks.bytes_per_second
-        return self.without.median_seconds + shared + max(read, compute)
-
-    def reading_speed(self, peaks: Peaks) -> float:
-        """Bytes a second at which bytes that are added to this work should be read: as fast as its own.
-
-        One stream waits for its weights, and its steps take turns with those that are compared with it, which the probe
-        does not. More streams may wait for arithmetic and say nothing of the memory, so there the probe does.
-        """
-        return self.floor_bytes / self.median_seconds if self.tokens == 1 else peaks.bytes_per_second
-
     def ratio_to(self, other: Work) -> tuple[float, float, float]:
         """This work's time over another's, round by round: min, median, max."""
         ratios = [_ratio(mine, theirs) for mine, theirs in zip(self.rounds, other.rounds, strict=True)]
@@ -75,10 +55,10 @@ class Work:
 
 
 def _ratio(mine: Sequence[float], theirs: Sequence[float]) -> float:
-    """Of a round; turn by turn where both had as many, since a machine changes its speed within a round."""
-    if len(mine) != len(theirs):
+    """Of a round; turn by turn, since a machine changes its speed within a round, unless one of them ran only once."""
+    if 1 in (len(mine), len(theirs)):
         return statistics.median(mine) / statistics.median(theirs)
-    return statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
+    return statistics.median(a / b for a, b in zip(mine, theirs, strict=False))
 
 
 def measure(works: Sequence[Work], rounds: int, progress: Callable[[str], None]) -> None:
@@ -87,13 +67,19 @@ def measure(works: Sequence[Work], rounds: int, progress: Callable[[str], None])
     A work's runs lie among the others' ones, so that steps that are compared follow each other within a second.
     """
     for number in range(rounds + 1):
-        taken: list[list[float]] = [[] for _ in works]
+        for work in works:
+            work.rounds.append([])
+            work.reads.append([])
         for turn in range(max(work.runs for work in works)):
-            for work, seconds in zip(works, taken, strict=True):
+            for work in works:
                 if turn == 0:
                     progress(f"round {number} of {rounds}: {work.name}")
                 if turn < work.runs:
-                    seconds.append(work.run())
-        for work, seconds in zip(works, taken, strict=True):
-            if number:
-                work.rounds.append(seconds)
+                    if work.steady:
+                        work.run()
+                    work.rounds[-1].append(work.run())
+                    work.reads[-1].append(work.probe() if work.probe else Reads())
+        if number == 0:
+            for work in works:
+                work.rounds.clear()
+                work.reads.clear()

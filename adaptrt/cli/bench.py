@@ -29,7 +29,7 @@ from adaptrt.backends.cpu import available_cores
 from adaptrt.bench.loader import PAGE_TOKENS, Loader
 from adaptrt.bench.peers import Setup
 from adaptrt.bench.products import layers, product_works, products
-from adaptrt.bench.report import comparison, geometric_means, lines, product_rows, rows
+from adaptrt.bench.report import comparison, cost_rows, geometric_means, lines, product_rows, rows
 from adaptrt.bench.shapes import SHAPES, VARIANTS, cached_model, random_adapters
 from adaptrt.bench.table import crowd_works, model_works, prompt_lengths
 from adaptrt.bench.work import Work, measure
@@ -166,6 +166,7 @@ def _bench_model(
             "device_memory_bytes": None if peers else peaks.device_bytes,
             "rows": rows(ours, peaks),
             "crowd": rows(crowd, peaks),
+            "costs": cost_rows([*ours, *crowd], peaks),
             "peers": {name: comparison(works, ours) for name, works in theirs.items()},
         }
 

@@ -15,8 +15,7 @@ static int peaks(adrt_executable *e, adrt_peaks *out, adrt_error *error) {
   (void)error;
   int32_t threads = e->options.threads;
   *out = (adrt_peaks){.bytes_per_second = cpu_read_bandwidth(PROBE_BYTES, threads),
-                      .operations_per_second = cpu_int8_peak(threads),
-                      .shared_seconds = cpu_shared_seconds(e)};
+                      .operations_per_second = cpu_int8_peak(threads)};
   return ADRT_OK;
 }
 
@@ -33,6 +32,7 @@ static const adrt_backend backend = {
     .step = cpu_step,
     .describe = describe,
     .peaks = peaks,
+    .read_step = cpu_read_step,
 };
 
 const adrt_backend *adrt_cpu_backend(void) { return &backend; }

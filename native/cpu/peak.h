@@ -15,9 +15,8 @@ double cpu_read_bandwidth(uint64_t bytes, int32_t threads);
  * CPU has no int8 dot product that is probed. */
 double cpu_int8_peak(int32_t threads);
 
-/* Seconds in which the threads of an executable read the factors that targets of an attached adapter share, in the order
- * of a step, between its weights; 0 when nothing is shared, or when out of memory. */
-double cpu_shared_seconds(const adrt_executable *e);
+/* The table's read_step (adaptrt.h). */
+int cpu_read_step(adrt_executable *e, int32_t n, const int32_t *handles, adrt_reads *out, adrt_error *error);
 
 double peak_now(void); /* seconds */
 /* Sums into independent lanes so that the loads, not the additions, are the limit. Reads whole 128 bytes. */

@@ -166,8 +166,13 @@ typedef struct {
   uint64_t device_bytes;        /* in use of the device's own memory */
   double bus_bytes_per_second;  /* from pinned memory of the host to the device */
   uint64_t streamed_bytes;      /* of weights that come that way in every step */
-  double shared_seconds; /* of a step, only to read what targets of an attached adapter share, between the weights */
 } adrt_peaks;
+
+/* What the reads of a step take at this moment, without its arithmetic. */
+typedef struct {
+  double bytes_per_second; /* of the weights */
+  double shared_seconds;   /* to read what targets of an adapter share, between the weights of the others */
+} adrt_reads;
 
 typedef struct {
   uint32_t abi_version;
@@ -185,6 +190,8 @@ typedef struct {
   int (*peaks)(adrt_executable *executable, adrt_peaks *peaks, adrt_error *error); /* or NULL */
   /* These adapters will be named soon: bring them near while the next step runs. NULL where that means nothing. */
   int (*prefetch)(adrt_executable *executable, int32_t n, const int32_t *handles, adrt_error *error);
+  /* Do the reads of a step with these adapters. NULL where no one can say. */
+  int (*read_step)(adrt_executable *executable, int32_t n, const int32_t *handles, adrt_reads *reads, adrt_error *error);
 } adrt_backend;
 
 const adrt_backend *adrt_cpu_backend(void);
