@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from adaptrt.errors import AdaptrtError
 
-TYPE_CHECKING = (
-    False  # as type checkers take it; importing it from typing would take most of this module's time
-)
+# As type checkers take it; importing it from typing would take most of this module's time.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from adaptrt.api import Chunk, Model, Request, Sampling, load
 

@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers.written import write_base
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Matrices of tests are small, and the threads of torch and numpy spin for each other: 4 times slower on a busy machine.
+# Before anything imports numpy. Matrices of tests are small, and the threads of torch and numpy spin for each other: 4 times slower on a busy machine.
 for threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(threads, "1")
 # Ignored in a shell's background jobs, and what tests start would inherit that.
@@ -33,6 +32,8 @@ def shared() -> Path:
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     """A small file with a section "base"."""
+    from helpers.written import write_base  # imports numpy
+
     path = tmp_path / "model.adrt"
     write_base(path)
     return path

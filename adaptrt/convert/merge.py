@@ -179,9 +179,8 @@ def quantization_error(
             stored = file.tensor(SECTION, spec.name)
             for (start, stop), chunk in zip(row_runs(spec.shape), model.chunks(spec), strict=True):
                 lost = rows_to_float32(stored, start, stop) - chunk
-                difference += float(
-                    np.sum(np.square(lost, dtype=np.float64))
-                )  # float32 ends at squares of 2e19
+                # In float64: float32 ends at squares of 2e19.
+                difference += float(np.sum(np.square(lost, dtype=np.float64)))
                 size += float(np.sum(np.square(chunk, dtype=np.float64)))
                 done += chunk.size
                 progress(done, total, spec.name)
