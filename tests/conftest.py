@@ -11,7 +11,8 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Before anything imports numpy. Matrices of tests are small, and the threads of torch and numpy spin for each other: 4 times slower on a busy machine.
+# Matrices of tests are small, and the threads of torch and numpy spin for each other: 4 times slower on a busy machine.
+# numpy reads this when it is imported, so nothing above may import it.
 for threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(threads, "1")
 # Ignored in a shell's background jobs, and what tests start would inherit that.
